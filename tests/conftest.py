@@ -1,0 +1,108 @@
+"""One store for the session, and nothing of one test left for the next."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+# Before MLflow is imported: no telemetry, and no call to the outside from a test.
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("DO_NOT_TRACK", "true")
+
+import mlflow
+import openai
+import pytest
+
+import tlm_tracing as tt
+from tlm_tracing import _config, _hook
+from tlm_tracing.testing import FakeScorer, Sandbox
+
+pytest_plugins = ["pytester"]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def store(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A real SQLite store, the embedded default of MLflow."""
+    uri = f"sqlite:///{tmp_path_factory.mktemp('store') / 'mlflow.db'}"
+    mlflow.set_tracking_uri(uri)
+    return uri
+
+
+@pytest.fixture(autouse=True)
+def experiment(request: pytest.FixtureRequest) -> str:
+    """An experiment of its own for each test."""
+    name = request.node.nodeid
+    return mlflow.set_experiment(name).experiment_id
+
+
+@pytest.fixture(scope="session")
+def running_sandbox():
+    with Sandbox() as sandbox:
+        yield sandbox
+
+
+@pytest.fixture
+def sandbox(running_sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> Sandbox:
+    """The far side of the wire: OpenAI and Cleanlab."""
+    running_sandbox.clear()
+    for name, value in running_sandbox.environment().items():
+        monkeypatch.setenv(name, value)
+    return running_sandbox
+
+
+@pytest.fixture(autouse=True)
+def clean_slate(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """No settings, no patches, no keys from outside; none left behind."""
+    for name in list(os.environ):
+        if name.startswith(("TLM_TRACING_", "CLEANLAB_", "OPENAI_")):
+            monkeypatch.delenv(name)
+    monkeypatch.chdir(tmp_path)
+    yield
+    tt.autolog(disable=True)
+    _config._configured.clear()
+    _config._from_environment.cache_clear()
+    assert "request" not in vars(openai.OpenAI)
+    assert "request" not in vars(openai.AsyncOpenAI)
+    assert _hook._users == 0
+
+
+@pytest.fixture(autouse=True)
+def no_bugs_of_ours(caplog: pytest.LogCaptureFixture):
+    """What the guard swallows for users fails the test."""
+    yield
+    ours = [
+        record.getMessage()
+        for when in ("setup", "call")
+        for record in caplog.get_records(when)
+        if record.name == "tlm_tracing" and record.levelno >= logging.ERROR
+    ]
+    assert ours == []
+
+
+@pytest.fixture
+def scorer() -> FakeScorer:
+    """A scorer that gives what it is told."""
+    return FakeScorer()
+
+
+@pytest.fixture
+def traces(experiment: str):
+    """Reads back what a user would read: the stored traces of this test, oldest first."""
+
+    def read(count: int | None = None) -> list[mlflow.entities.Trace]:
+        assert tt.flush(30)
+        found = mlflow.search_traces(
+            locations=[experiment], return_type="list", order_by=["timestamp_ms ASC"]
+        )
+        if count is not None:
+            assert len(found) == count
+        return found
+
+    return read
+
+
+@pytest.fixture
+def trace(traces):
+    """The one stored trace of this test."""
+    return lambda: traces(1)[0]

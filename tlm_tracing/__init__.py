@@ -1,0 +1,78 @@
+"""How far an LLM's answer can be trusted, at the moment it answers, and the proof in MLflow."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tlm_tracing._config import Config, configure
+    from tlm_tracing._data import Trust
+    from tlm_tracing._hook import autolog, wrap_openai
+    from tlm_tracing._pipeline import flush, trust
+    from tlm_tracing._scope import suppress
+    from tlm_tracing._scoring import Stats, stats
+    from tlm_tracing._span import TrustedSpan, trusted, trusted_span
+    from tlm_tracing.exceptions import (
+        ConfigurationError,
+        ScoringError,
+        TLMTracingError,
+        UntrustworthyResponseError,
+    )
+
+__all__ = [
+    "Config",
+    "ConfigurationError",
+    "ScoringError",
+    "Stats",
+    "TLMTracingError",
+    "Trust",
+    "TrustedSpan",
+    "UntrustworthyResponseError",
+    "autolog",
+    "configure",
+    "flush",
+    "stats",
+    "suppress",
+    "trust",
+    "trusted",
+    "trusted_span",
+    "wrap_openai",
+]
+
+# Where each name lives. Resolved on first use: importing the package imports nothing else.
+_HOMES = {
+    "Config": "_config",
+    "configure": "_config",
+    "Trust": "_data",
+    "autolog": "_hook",
+    "wrap_openai": "_hook",
+    "flush": "_pipeline",
+    "trust": "_pipeline",
+    "suppress": "_scope",
+    "Stats": "_scoring",
+    "stats": "_scoring",
+    "TrustedSpan": "_span",
+    "trusted": "_span",
+    "trusted_span": "_span",
+    "ConfigurationError": "exceptions",
+    "ScoringError": "exceptions",
+    "TLMTracingError": "exceptions",
+    "UntrustworthyResponseError": "exceptions",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("tlm_tracing")
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -1,0 +1,216 @@
+"""Annotate: the only place where tags and assessments are written; it owns their names."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+import unicodedata
+from typing import Any
+
+from mlflow.entities import AssessmentSource, Feedback, TraceInfo
+from mlflow.exceptions import MlflowException
+from mlflow.tracing.client import TracingClient
+from mlflow.tracing.trace_manager import InMemoryTraceManager
+
+from tlm_tracing._data import Trust
+
+SCORE_TAG = "trust_score"
+EXPLANATION_TAG = "explanation"
+STATUS_TAG = "trust_status"
+ASSESSMENT = "trustworthiness"
+
+# MLflow cuts longer tag values silently, or refuses the trace, depending on the store.
+_TAG_LIMIT = 4096
+_FINALIZED = "mlflow.trace.infoFinalized"
+
+# One trace's tags sum up several calls: reading and writing them must not interleave.
+_stored_lock = threading.Lock()
+
+
+def annotate_live(trust: Trust, *, model: str | None, preset: str | None) -> bool:
+    """Write a trust on its trace while MLflow holds that in memory, open or ended.
+
+    Args:
+        trust: A settled trust with its trace and span ids.
+        model: The LLM that the scorer used, if it said.
+        preset: The scorer's quality preset, if it has one.
+
+    Returns:
+        False if MLflow no longer holds the trace; then :func:`annotate_stored` is the way.
+    """
+    if trust.trace_id is None:
+        return True
+    # MLflow's public calls either need the trace to be active in this very context, or write
+    # to a store that does not know it yet (a foreign key fails, the tag is lost).
+    with InMemoryTraceManager.get_instance().get_trace(trust.trace_id) as trace:
+        if trace is None:
+            return False
+        changes = _tags(trace.info.tags, trust)
+        _apply(trace.info.tags, changes)
+        if trust.score is not None:
+            trace.info.assessments = _with(
+                trace.info.assessments, _assessment(trust, model, preset)
+            )
+    return True
+
+
+def annotate_stored(trust: Trust, *, model: str | None, preset: str | None) -> bool:
+    """Write a trust on a trace in the store.
+
+    Scoring the same call again updates its assessment and never duplicates it.
+
+    Args:
+        trust: A settled trust with its trace and span ids.
+        model: The LLM that the scorer used, if it said.
+        preset: The scorer's quality preset, if it has one.
+
+    Returns:
+        False while the store does not have the whole trace yet; try again later.
+
+    Raises:
+        MlflowException: If the store refuses.
+    """
+    if trust.trace_id is None:
+        return True
+    client = TracingClient()
+    with _stored_lock:
+        info = _stored_info(client, trust.trace_id)
+        if info is None:
+            return False
+        if trust.score is not None:
+            _store_assessment(client, info, _assessment(trust, model, preset))
+        for key, value in _tags(info.tags, trust).items():
+            if value is not None:
+                client.set_trace_tag(trust.trace_id, key, value)
+            elif key in info.tags:
+                client.delete_trace_tag(trust.trace_id, key)
+    return True
+
+
+def read_trust(trace_id: str) -> Trust | None:
+    """The trust that a trace's tags tell; None if they tell nothing.
+
+    Args:
+        trace_id: An MLflow trace id, of a trace in memory or in the store.
+    """
+    with InMemoryTraceManager.get_instance().get_trace(trace_id) as trace:
+        tags = dict(trace.info.tags) if trace is not None else None
+    if tags is None:
+        try:
+            tags = TracingClient().get_trace_info(trace_id).tags
+        except MlflowException:
+            return None
+    if (status := tags.get(STATUS_TAG)) is None:
+        return None
+    if SCORE_TAG not in tags:
+        return (
+            Trust(status="unscored", trace_id=trace_id)
+            if status == "unscored"
+            else None
+        )
+    return Trust(
+        score=float(tags[SCORE_TAG]),
+        explanation=tags.get(EXPLANATION_TAG),
+        trace_id=trace_id,
+    )
+
+
+def fit(text: str, limit: int = _TAG_LIMIT) -> str:
+    """Cut a text to a tag's length, between two characters as a reader sees them."""
+    # PostgreSQL takes no NUL, and nothing takes half a surrogate pair.
+    text = text.replace("\x00", "").encode("utf-8", "replace").decode("utf-8")
+    if len(text) <= limit:
+        return text
+    end = limit - 1
+    while end > 0 and (
+        unicodedata.combining(text[end]) or "\u200d" in text[end - 1 : end + 1]
+    ):
+        end -= 1
+    return text[:end] + "…"
+
+
+def _tags(present: dict[str, str], trust: Trust) -> dict[str, str | None]:
+    """What this call changes in its trace's tags: the lowest score wins; None deletes."""
+    changes: dict[str, str | None] = {
+        STATUS_TAG: _status(present.get(STATUS_TAG), trust.status),
+    }
+    before = present.get(SCORE_TAG)
+    if trust.score is not None and (before is None or trust.score < float(before)):
+        changes[SCORE_TAG] = f"{trust.score:.4f}"
+        changes[EXPLANATION_TAG] = fit(trust.explanation) if trust.explanation else None
+    return changes
+
+
+def _status(before: str | None, new: str) -> str:
+    return new if before in (None, new) else "partial"
+
+
+def _apply(tags: dict[str, str], changes: dict[str, str | None]) -> None:
+    for key, value in changes.items():
+        if value is None:
+            tags.pop(key, None)
+        else:
+            tags[key] = value
+
+
+def _assessment(trust: Trust, model: str | None, preset: str | None) -> Feedback:
+    source = trust.scorer or "unknown"
+    metadata = {
+        "mlflow.scorer.framework": "cleanlab-tlm" if preset else "tlm-tracing",
+        "model": model,
+        "preset": preset,
+        "seconds": None if trust.seconds is None else f"{trust.seconds:.3f}",
+    }
+    feedback = Feedback(
+        name=ASSESSMENT,
+        value=trust.score,
+        rationale=None
+        if trust.explanation is None
+        else fit(trust.explanation, 1 << 20),
+        source=AssessmentSource(source_type="LLM_JUDGE", source_id=source),
+        metadata={key: value for key, value in metadata.items() if value is not None},
+        trace_id=trust.trace_id,
+        span_id=trust.span_id,
+    )
+    feedback.assessment_id = _assessment_id(trust, source)
+    return feedback
+
+
+def _assessment_id(trust: Trust, source: str) -> str:
+    """The same for the same call and scorer, so that a second score replaces the first."""
+    key = "\x1f".join((trust.trace_id or "", trust.span_id or "", ASSESSMENT, source))
+    return "a-" + hashlib.sha256(key.encode()).hexdigest()[:32]
+
+
+def _with(assessments: list[Any] | None, new: Feedback) -> list[Any]:
+    others = [
+        item for item in assessments or [] if item.assessment_id != new.assessment_id
+    ]
+    return [*others, new]
+
+
+def _stored_info(client: TracingClient, trace_id: str) -> TraceInfo | None:
+    """The stored trace's info, once MLflow's own late write of it is over."""
+    try:
+        info = client.get_trace_info(trace_id)
+    except MlflowException as error:
+        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "NOT_FOUND"):
+            return None
+        raise
+    # Until then that write would overwrite newer values of the same tags. Stores that do not
+    # say so are recognised by the state, which a started trace gets with the same write.
+    if _FINALIZED in info.trace_metadata:
+        return info.trace_metadata[_FINALIZED] == "true" and info or None
+    return info if info.state.value != "IN_PROGRESS" else None
+
+
+def _store_assessment(
+    client: TracingClient, info: TraceInfo, feedback: Feedback
+) -> None:
+    known = {item.assessment_id for item in info.assessments or []}
+    if feedback.assessment_id in known:
+        # Asked first: creating the same id twice is an error that a server's client retries
+        # for minutes.
+        client.update_assessment(info.trace_id, feedback.assessment_id, feedback)
+    else:
+        client.log_assessment(info.trace_id, feedback)

@@ -1,0 +1,258 @@
+"""Settings: where keyword, ``configure()`` and environment meet.
+
+Nothing else in the package reads the environment.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, TypeAlias
+
+from tlm_tracing._data import Trust
+from tlm_tracing.exceptions import ConfigurationError
+
+Mode: TypeAlias = Literal["inline", "background", "off"]
+OnLow: TypeAlias = Literal["flag", "raise"] | Callable[[Any, Trust], Any]
+OnError: TypeAlias = Literal["pass", "raise"]
+SampleRate: TypeAlias = float | Callable[[Mapping[str, Any]], float | bool]
+
+_PREFIX = "TLM_TRACING_"
+_CLEANLAB_URL = "https://api.cleanlab.ai/api"
+
+
+@dataclass(frozen=True)
+class Config:
+    """The settings in force for a call. All durations are in seconds, scores in [0, 1].
+
+    Each can be given as a keyword to a way in, to :func:`configure`, or in the environment as
+    ``TLM_TRACING_<NAME>``; the first of these that names it wins.
+
+    Attributes:
+        mode: ``"inline"``: the call returns scored. ``"background"``: it returns at once and
+            the score follows on the same trace. ``"off"``: record, don't score.
+        scorer: A name (``"hosted"``), a :class:`~tlm_tracing.scorers.Scorer`, or a sync or
+            async callable ``(request, completion) -> float, Trust or dict``. By default
+            ``"hosted"`` if ``CLEANLAB_TLM_API_KEY`` is set, else None.
+        timeout: How long one score may take, counted from its start, all retries included.
+        threshold: Scores below it are low; None sets no threshold.
+        on_low: What happens to a low answer: ``"flag"`` marks it, ``"raise"`` raises
+            :class:`~tlm_tracing.UntrustworthyResponseError`, a callable
+            ``(completion, trust) -> completion`` gives what the caller gets instead.
+        on_error: A scorer's failure in inline mode: ``"pass"`` leaves the call unscored with a
+            reason, ``"raise"`` raises :class:`~tlm_tracing.ScoringError`.
+        sample_rate: Share of calls that are scored, or a callable on the request body that
+            gives that share, or a bool.
+        max_scores_per_minute: Budget of scores in any 60 seconds; None sets no budget.
+        max_concurrency: Scores in flight at once.
+        queue_size: Calls that may wait for a score; beyond it a call is unscored.
+        enabled: False makes every way in a pass-through.
+        capture_content: Whether messages and answers are recorded on spans.
+        mask: Applied to whatever is recorded as a span's inputs or outputs.
+        mask_scorer: Applied to each text that leaves for the scorer.
+    """
+
+    mode: Mode = "inline"
+    scorer: Any = None
+    timeout: float = 30.0
+    threshold: float | None = None
+    on_low: OnLow = "flag"
+    on_error: OnError = "pass"
+    sample_rate: SampleRate = 1.0
+    max_scores_per_minute: float | None = None
+    max_concurrency: int = 32
+    queue_size: int = 1000
+    enabled: bool = True
+    capture_content: bool = True
+    mask: Callable[[Any], Any] | None = None
+    mask_scorer: Callable[[str], str] | None = None
+
+    def __post_init__(self) -> None:
+        _one_of("mode", self.mode, "inline", "background", "off")
+        _one_of("on_error", self.on_error, "pass", "raise")
+        if not callable(self.on_low):
+            _one_of("on_low", self.on_low, "flag", "raise")
+        _number("timeout", self.timeout, above=0.0)
+        _whole("max_concurrency", self.max_concurrency, least=1)
+        _whole("queue_size", self.queue_size, least=0)
+        if self.threshold is not None:
+            _number("threshold", self.threshold, least=0.0, most=1.0)
+        if self.max_scores_per_minute is not None:
+            _number("max_scores_per_minute", self.max_scores_per_minute, least=0.0)
+        if not callable(self.sample_rate):
+            _number("sample_rate", self.sample_rate, least=0.0, most=1.0)
+        for name in ("enabled", "capture_content"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigurationError(f"{name} must be True or False.")
+        for name in ("mask", "mask_scorer"):
+            if getattr(self, name) is not None and not callable(getattr(self, name)):
+                raise ConfigurationError(f"{name} must be a callable or None.")
+
+
+_NAMES = tuple(field.name for field in fields(Config))
+_lock = threading.Lock()
+_configured: dict[str, Any] = {}
+
+
+def configure(**settings: Any) -> Config:
+    """Set process-wide defaults.
+
+    Args:
+        **settings: Any of :class:`Config`'s fields. What is not named keeps its value.
+
+    Returns:
+        The configuration that is in force from now on.
+
+    Raises:
+        ConfigurationError: If a setting is unknown or its value cannot work.
+    """
+    check(settings)
+    with _lock:
+        _configured.update(settings)
+        _from_environment.cache_clear()
+    return base()
+
+
+def check(settings: Mapping[str, Any]) -> None:
+    """Refuse unknown settings and impossible values where they are written."""
+    unknown = sorted(set(settings) - set(_NAMES))
+    if unknown:
+        raise ConfigurationError(
+            f"Unknown setting {', '.join(unknown)}. The settings are: {', '.join(_NAMES)}."
+        )
+    Config(**settings)
+
+
+def base() -> Config:
+    """The process's defaults: ``configure()`` over environment over built-in.
+
+    Raises:
+        ConfigurationError: If an environment variable has a value that cannot work.
+    """
+    get = os.environ.get
+    return _from_environment(
+        tuple(get(_PREFIX + name.upper()) for name in _PARSERS),
+        cleanlab_api_key() is not None,
+    )
+
+
+def resolve(*layers: Mapping[str, Any]) -> Config:
+    """The configuration for one call.
+
+    Args:
+        *layers: Keyword settings that were checked already, the most specific last.
+    """
+    config = base()
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        merged.update(layer)
+    return replace(config, **merged) if merged else config
+
+
+def cleanlab_api_key() -> str | None:
+    """The key in ``CLEANLAB_TLM_API_KEY``; None if it is unset or empty."""
+    return os.environ.get("CLEANLAB_TLM_API_KEY") or None
+
+
+def cleanlab_base_url() -> str:
+    """Where Cleanlab's API is, by ``CLEANLAB_API_BASE_URL``; without a trailing slash."""
+    return (os.environ.get("CLEANLAB_API_BASE_URL") or _CLEANLAB_URL).rstrip("/")
+
+
+def is_set(name: str) -> bool:
+    """Whether an environment variable is set and not empty."""
+    return bool(os.environ.get(name))
+
+
+@functools.lru_cache(maxsize=32)
+def _from_environment(raw: tuple[str | None, ...], has_key: bool) -> Config:
+    values: dict[str, Any] = {"scorer": "hosted" if has_key else None}
+    for (name, parse), text in zip(_PARSERS.items(), raw, strict=True):
+        if text is None or not text.strip():
+            continue
+        try:
+            values[name] = parse(text.strip())
+        except ValueError as error:
+            raise ConfigurationError(
+                f"{_PREFIX}{name.upper()}={text!r}: {error}"
+            ) from None
+    return Config(**{**values, **_configured})
+
+
+def _boolean(text: str) -> bool:
+    word = text.lower()
+    if word in {"1", "true", "yes", "on"}:
+        return True
+    if word in {"0", "false", "no", "off"}:
+        return False
+    raise ValueError("must be true or false")
+
+
+def _scorer_name(text: str) -> str | None:
+    return None if text.lower() == "none" else text
+
+
+_PARSERS: Mapping[str, Callable[[str], Any]] = {
+    "mode": str.lower,
+    "scorer": _scorer_name,
+    "timeout": float,
+    "threshold": float,
+    "on_low": str.lower,
+    "on_error": str.lower,
+    "sample_rate": float,
+    "max_scores_per_minute": float,
+    "max_concurrency": int,
+    "queue_size": int,
+    "enabled": _boolean,
+    "capture_content": _boolean,
+}
+
+
+def _one_of(name: str, value: object, *allowed: str) -> None:
+    if value not in allowed:
+        words = ", ".join(repr(word) for word in allowed)
+        raise ConfigurationError(f"{name} must be one of {words}, not {value!r}.")
+
+
+def _number(
+    name: str,
+    value: object,
+    *,
+    above: float | None = None,
+    least: float | None = None,
+    most: float | None = None,
+) -> None:
+    ok = (
+        isinstance(value, (int, float))
+        and not isinstance(value, bool)
+        and value == value
+    )
+    if ok and isinstance(value, (int, float)):
+        ok = (
+            (above is None or value > above)
+            and (least is None or value >= least)
+            and (most is None or value <= most)
+        )
+    if not ok:
+        limits = [
+            f"{word} {limit:g}"
+            for word, limit in (
+                ("above", above),
+                ("at least", least),
+                ("at most", most),
+            )
+            if limit is not None
+        ]
+        raise ConfigurationError(
+            f"{name} must be a number {' and '.join(limits)}, not {value!r}."
+        )
+
+
+def _whole(name: str, value: object, *, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ConfigurationError(
+            f"{name} must be a whole number of at least {least}, not {value!r}."
+        )

@@ -1,0 +1,188 @@
+"""The nouns: an exchange with an LLM, the trust in its answer, and who scores it."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Callable, Generator, Mapping
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
+
+from tlm_tracing.exceptions import ScoringError
+
+Status: TypeAlias = Literal["scored", "pending", "unscored"]
+
+REASONS = frozenset(
+    {
+        "no_scorer",
+        "sampled_out",
+        "budget",
+        "queue_full",
+        "timeout",
+        "scorer_error",
+        "scorer_unavailable",
+        "refusal",
+        "empty",
+        "unsupported_content",
+        "partial_stream",
+        "call_failed",
+        "off",
+    }
+)
+"""The closed list of words that say why a call is unscored."""
+
+
+@dataclass(frozen=True)
+class Trust:
+    """How far one answer can be trusted.
+
+    Attributes:
+        score: Trustworthiness in [0, 1]; None unless ``status`` is ``"scored"``.
+        explanation: Why the scorer thinks so, if it said.
+        status: ``"scored"``, ``"pending"`` (background mode, not settled yet) or ``"unscored"``.
+        reason: Why the answer is unscored, a word of :data:`REASONS`; None otherwise.
+        trace_id: Id of the MLflow trace that holds the call; None when nothing was recorded.
+        span_id: Id of the call's parent span.
+        scorer: Name of the scorer, such as ``"cleanlab-tlm/medium"``.
+        seconds: How long scoring took.
+    """
+
+    score: float | None = None
+    explanation: str | None = None
+    status: Status = "scored"
+    reason: str | None = None
+    trace_id: str | None = None
+    span_id: str | None = None
+    scorer: str | None = None
+    seconds: float | None = None
+    _settled: Future[Trust] | None = field(default=None, repr=False, compare=False)
+
+    @classmethod
+    def unscored(cls, reason: str) -> Trust:
+        """A trust without a score, and the word that says why."""
+        return cls(status="unscored", reason=reason)
+
+    @property
+    def current(self) -> Trust:
+        """This trust, or what it has become since: never waits."""
+        if self._settled is not None and self._settled.done():
+            return self._settled.result()
+        return self
+
+    def wait(self, timeout: float | None = None) -> Trust:
+        """Wait until a pending trust is settled.
+
+        Args:
+            timeout: Seconds to wait at most; None waits for as long as the scorer may take.
+
+        Returns:
+            The settled trust, or this one, still pending, when the time ran out.
+        """
+        if self._settled is None:
+            return self
+        try:
+            return self._settled.result(timeout)
+        except FutureTimeoutError:
+            return self
+
+    def __await__(self) -> Generator[Any, None, Trust]:
+        """``await trust`` gives the settled one."""
+        return self._wait_async().__await__()
+
+    async def _wait_async(self) -> Trust:
+        if self._settled is None:
+            return self
+        # Shielded: a caller who gives up waiting must not cancel the score itself.
+        return await asyncio.shield(asyncio.wrap_future(self._settled))
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """One answered request, as scorers see it.
+
+    Attributes:
+        request: The request body as sent (``messages``, ``model``, ``tools``, ...).
+        completion: The answer, an ``openai.types.chat.ChatCompletion``.
+        prompt: The whole prompt as one text: system prompt, history and tools included.
+        response: The answer to be scored as one text.
+        timeout: Seconds that the score may take.
+    """
+
+    request: Mapping[str, Any]
+    completion: Any
+    prompt: str
+    response: str
+    timeout: float
+
+
+ScoreResult: TypeAlias = float | Trust | Mapping[str, Any]
+"""What a scorer may return: a score, a Trust, or Cleanlab's dict
+``{"trustworthiness_score": float, "log": {"explanation": str}}``."""
+
+ScoreFunction: TypeAlias = Callable[[Mapping[str, Any], Any], Any]
+"""A sync or async function ``(request, completion) -> float, Trust or dict``."""
+
+
+@runtime_checkable
+class Scorer(Protocol):
+    """Who scores answers: one async method and a name.
+
+    ``score`` always runs on tlm_tracing's own event loop, so it may keep sessions open
+    between calls; ``aclose`` ends them. Both may assume that loop.
+    """
+
+    @property
+    def name(self) -> str:
+        """Names the scorer in spans and assessments, such as ``"cleanlab-tlm/medium"``."""
+
+    async def score(self, exchange: Exchange) -> ScoreResult:
+        """Score one exchange.
+
+        Raises:
+            ScoringError: If no score can be given. Other exceptions count as scorer errors.
+        """
+
+    async def aclose(self) -> None:
+        """Release what the scorer holds open."""
+
+
+def as_trust(result: Any) -> Trust:
+    """Read a scorer's result.
+
+    Args:
+        result: A number, a :class:`Trust`, or Cleanlab's dict.
+
+    Returns:
+        A scored trust with a finite score in [0, 1], or an unscored one as the scorer gave it.
+
+    Raises:
+        ScoringError: If there is no usable score in the result.
+    """
+    if isinstance(result, Trust):
+        if result.status == "unscored" and result.reason in REASONS:
+            return result
+        return replace(
+            result, score=_checked(result.score), status="scored", reason=None
+        )
+    if isinstance(result, Mapping):
+        log = result.get("log")
+        explanation = log.get("explanation") if isinstance(log, Mapping) else None
+        score = _checked(result.get("trustworthiness_score"))
+        return Trust(
+            score=score, explanation=None if explanation is None else str(explanation)
+        )
+    return Trust(score=_checked(result))
+
+
+def _checked(value: Any) -> float:
+    try:
+        score = float(value)
+    except (TypeError, ValueError):
+        raise ScoringError(f"The scorer gave no number but {value!r:.100}.") from None
+    if not math.isfinite(score) or not 0.0 <= score <= 1.0:
+        raise ScoringError(
+            f"The scorer gave {score!r}, which is not a score in [0, 1]."
+        )
+    return score

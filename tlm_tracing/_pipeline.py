@@ -1,0 +1,503 @@
+"""Record, score, annotate: the one place where the three meet.
+
+Also the guard that keeps our own bugs from the caller: whatever goes wrong here is logged, and
+the caller gets what OpenAI gave.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import inspect
+import logging
+import random
+import threading
+import time
+import weakref
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from tlm_tracing import _annotate, _record, _scope, _scoring, scorers
+from tlm_tracing._config import Config, cleanlab_api_key, cleanlab_base_url
+from tlm_tracing._data import Exchange, Scorer, Trust
+from tlm_tracing._messages import Unscorable, render
+from tlm_tracing._scoring import Verdict
+from tlm_tracing.exceptions import ScoringError, UntrustworthyResponseError
+
+if TYPE_CHECKING:
+    from tlm_tracing._streams import Heard
+
+_logger = logging.getLogger("tlm_tracing")
+
+
+@contextlib.contextmanager
+def guarded(doing: str) -> Iterator[None]:
+    """Our bugs are ours: logged with their traceback, never raised at the caller.
+
+    Args:
+        doing: What was going on, to complete "tlm_tracing failed while ...".
+    """
+    try:
+        yield
+    except Exception:
+        _logger.exception(
+            "tlm_tracing failed while %s; the application's call is not affected.",
+            doing,
+        )
+
+
+class Call:
+    """One request to an LLM on its way through record, score and annotate.
+
+    Attributes:
+        request: The request body as sent.
+        answer: The answer as plain data; None while the call runs.
+        trust: The trust in its answer so far; None while the call runs.
+    """
+
+    def __init__(
+        self,
+        request: Mapping[str, Any],
+        config: Config,
+        *,
+        provider: str = "openai",
+        operation: str = "chat.completions",
+    ) -> None:
+        """Open the call's spans. Args as in :class:`~tlm_tracing._record.CallRecord`."""
+        self.trust: Trust | None = None
+        self.request = request
+        self._config = config
+        self._started = time.monotonic()
+        self._scopes = scope.chain() if (scope := _scope.current()) else []
+        self._record = _record.CallRecord(
+            request, operation=operation, provider=provider, config=config
+        )
+        self.answer: Any = None
+        self._flag_only = False
+        for scope in self._scopes:
+            scope.calls.append(self)
+
+    # How a call goes on. Each is called once, by the hook or by a stream that ends.
+
+    def failed(self, error: BaseException) -> None:
+        """The request ended in an exception, which goes on to the caller as it is."""
+        with guarded("recording a failed call"):
+            self._record.failed(error)
+            self._note(None, Verdict(Trust.unscored("call_failed")))
+            self._close(None)
+
+    def answered(self, completion: Any) -> Any:
+        """The whole answer is there: score it as the mode says.
+
+        Args:
+            completion: What OpenAI's client returned.
+
+        Returns:
+            What the caller gets: the same object, or what ``on_low`` made of it.
+
+        Raises:
+            UntrustworthyResponseError: If asked for and the score is low.
+            ScoringError: If asked for and there is no score.
+        """
+        asked = self._answer_noted(completion)
+        if not self._must_wait(completion, asked):
+            return completion
+        with self._leaving_early(completion, asked):
+            verdict = asked.result()
+        return self._handed_over(completion, verdict)
+
+    async def aanswered(self, completion: Any) -> Any:
+        """Same as :meth:`answered`, but the event loop goes on while the score is awaited."""
+        asked = self._answer_noted(completion)
+        if not self._must_wait(completion, asked):
+            return completion
+        with self._leaving_early(completion, asked):
+            verdict = await asyncio.shield(asyncio.wrap_future(asked))
+        return await self._ahanded_over(completion, verdict)
+
+    def stream_ended(self, heard: Heard) -> None:
+        """A stream is exhausted: score what it said."""
+        asked = self._stream_noted(heard)
+        if self._must_wait(None, asked):
+            with self._leaving_early(None, asked):
+                verdict = asked.result()
+            self._stream_concluded(verdict)
+
+    async def astream_ended(self, heard: Heard) -> None:
+        """Same as :meth:`stream_ended`, but the event loop goes on meanwhile."""
+        asked = self._stream_noted(heard)
+        if self._must_wait(None, asked):
+            with self._leaving_early(None, asked):
+                verdict = await asyncio.shield(asyncio.wrap_future(asked))
+            self._stream_concluded(verdict)
+
+    def stream_left(
+        self,
+        heard: Heard,
+        outcome: str,
+        error: BaseException | None,
+        *,
+        elsewhere: bool,
+    ) -> None:
+        """A stream ended before its end: record what had come."""
+
+        def record() -> bool:
+            with guarded("recording a stream"):
+                self.answer = plain(heard.completion())
+                self._note_llm(self._seconds_until(heard.first_at), outcome, error)
+                self._note(None, Verdict(Trust.unscored("partial_stream")))
+                self._close(self.answer)
+            return True
+
+        if elsewhere:
+            _scoring.later(record)
+        else:
+            record()
+
+    def unobserved(self) -> None:
+        """The answer goes to the caller unread, so there is nothing to score."""
+        with guarded("recording an unread answer"):
+            self._record.answered(None)
+            self._note(None, Verdict(Trust.unscored("partial_stream")))
+            self._close(None)
+
+    # The thinking, shared by sync and async.
+
+    def _answer_noted(self, completion: Any) -> Future[Verdict]:
+        with guarded("recording an answer"):
+            self.answer = plain(completion)
+            request_id = getattr(completion, "_request_id", None)
+            self._record.answered(self.answer, request_id=request_id)
+            return self._ask(completion)
+        return _verdict(Trust.unscored("scorer_error"))
+
+    def _stream_noted(self, heard: Heard) -> Future[Verdict]:
+        with guarded("recording a stream"):
+            self._flag_only = True
+            completion = heard.completion()
+            self.answer = plain(completion)
+            outcome = "complete" if heard.is_whole else "truncated"
+            self._note_llm(self._seconds_until(heard.first_at), outcome, None)
+            if outcome == "complete":
+                return self._ask(completion)
+            return _verdict(Trust.unscored("partial_stream"))
+        return _verdict(Trust.unscored("scorer_error"))
+
+    def _note_llm(
+        self, first_token: float | None, outcome: str, error: BaseException | None
+    ) -> None:
+        if error is None:
+            self._record.answered(self.answer, first_token=first_token, outcome=outcome)
+        else:
+            self._record.failed(
+                error, self.answer, first_token=first_token, outcome=outcome
+            )
+
+    def _seconds_until(self, moment: float | None) -> float | None:
+        return None if moment is None else moment - self._started
+
+    def _ask(self, completion: Any) -> Future[Verdict]:
+        """Ask for the score; the verdict may be there at once."""
+        config = self._config
+        if config.mode == "off":
+            return _verdict(Trust.unscored("off"))
+        if config.scorer is None:
+            _warn_of_no_scorer()
+            return _verdict(Trust.unscored("no_scorer"))
+        if not _sampled(config, self.request):
+            return _verdict(Trust.unscored("sampled_out"))
+        try:
+            if not isinstance(self.answer, Mapping):
+                raise Unscorable("unsupported_content")
+            prompt, response = render(self.request, self.answer)
+            prompt, response = _masked(config, prompt), _masked(config, response)
+        except Unscorable as nothing:
+            return _verdict(Trust.unscored(nothing.reason))
+        self._record.scoring_started(prompt, response)
+        exchange = Exchange(self.request, completion, prompt, response, config.timeout)
+        return _scoring.submit(
+            functools.partial(_scorer, config),
+            functools.partial(_ask, exchange),
+            config,
+        )
+
+    def _must_wait(self, completion: Any, asked: Future[Verdict]) -> bool:
+        """Whether the caller waits for the verdict; if not, the call goes on without it."""
+        if asked.done() or self._config.mode != "background":
+            return True
+        self._go_on_alone(completion, asked)
+        return False
+
+    @contextlib.contextmanager
+    def _leaving_early(self, completion: Any, asked: Future[Verdict]) -> Iterator[None]:
+        """A caller who is cancelled or interrupted while waiting does not cost the score."""
+        try:
+            yield
+        except BaseException:
+            self._go_on_alone(completion, asked)
+            raise
+
+    def _go_on_alone(self, completion: Any, asked: Future[Verdict]) -> None:
+        """The caller leaves; the score follows on the same trace when it comes."""
+        settled: Future[Trust] = Future()
+        self.trust = Trust(
+            status="pending",
+            trace_id=self._record.trace_id,
+            span_id=self._record.span_id,
+            _settled=settled,
+        )
+        remember(completion, self)
+
+        def conclude() -> bool:
+            with guarded("annotating a trace"):
+                self._note(completion, asked.result())
+                self._close(self.answer, "flagged" if self._is_low() else None)
+            trust = self.trust or Trust.unscored("scorer_error")
+            settled.set_result(
+                Trust.unscored("scorer_error") if trust.status == "pending" else trust
+            )
+            return True
+
+        asked.add_done_callback(lambda _: _scoring.later(conclude))
+
+    def _note(self, completion: Any, verdict: Verdict) -> None:
+        """Write the verdict on the scoring span, the trace and the returned object."""
+        trust = replace(
+            verdict.trust, trace_id=self._record.trace_id, span_id=self._record.span_id
+        )
+        self._record.scored(
+            trust, None if verdict.error is None else str(verdict.error)
+        )
+        self.trust = trust
+        _scoring.count(trust)
+        remember(completion, self)
+        notes = {
+            "model": getattr(verdict.scorer, "model", None),
+            "preset": getattr(verdict.scorer, "preset", None),
+        }
+        if not _annotate.annotate_live(trust, **notes):
+            _scoring.later(functools.partial(_annotate.annotate_stored, trust, **notes))
+
+    def _close(self, answer: Any, action: str | None = None) -> None:
+        if self.trust is not None:
+            self._record.close(answer, self.trust, action)
+
+    def _noted(self, completion: Any, verdict: Verdict) -> str | None:
+        """Note the verdict; gives what the threshold asks for."""
+        with guarded("annotating a trace"):
+            self._note(completion, verdict)
+            if self._is_low():
+                return "flagged" if self._flag_only else self._asked_for()
+            return None
+        self._record.abandon()
+        return None
+
+    def _is_low(self) -> bool:
+        score = None if self.trust is None else self.trust.score
+        threshold = self._config.threshold
+        return score is not None and threshold is not None and score < threshold
+
+    def _asked_for(self) -> str:
+        on_low = self._config.on_low
+        return (
+            "replaced"
+            if callable(on_low)
+            else {"flag": "flagged", "raise": "raised"}[on_low]
+        )
+
+    def _fallback(self, completion: Any) -> Any:
+        on_low = self._config.on_low
+        return on_low(completion, self.trust) if callable(on_low) else completion  # type: ignore[arg-type]
+
+    def _handed_over(self, completion: Any, verdict: Verdict) -> Any:
+        action = self._noted(completion, verdict)
+        with self._deciding(completion, action) as decision:
+            if action == "replaced":
+                decision.given = self._fallback(completion)
+        return self._given(decision.given, action, verdict)
+
+    async def _ahanded_over(self, completion: Any, verdict: Verdict) -> Any:
+        action = self._noted(completion, verdict)
+        with self._deciding(completion, action) as decision:
+            if action == "replaced":
+                given = self._fallback(completion)
+                decision.given = await given if inspect.isawaitable(given) else given
+        return self._given(decision.given, action, verdict)
+
+    def _stream_concluded(self, verdict: Verdict) -> None:
+        action = self._noted(None, verdict)
+        with guarded("closing a call"):
+            self._close(self.answer, action)
+        self._given(None, action, verdict)
+
+    @contextlib.contextmanager
+    def _deciding(self, completion: Any, action: str | None) -> Iterator[_Decision]:
+        """The call's span stays open and active, so that a retry is traced inside it."""
+        decision = _Decision(completion)
+        retry = _scope.Scope({"threshold": None})
+        before = retry.enter() if action == "replaced" else None
+        token = self._record.activate() if action == "replaced" else None
+        try:
+            yield decision
+        finally:
+            retry.open = False
+            retry.leave(before)
+            self._record.deactivate(token)
+            with guarded("closing a call"):
+                replaced = decision.given is not completion
+                self._close(plain(decision.given) if replaced else self.answer, action)
+
+    def _given(self, given: Any, action: str | None, verdict: Verdict) -> Any:
+        if action == "raised" and self.trust is not None:
+            raise UntrustworthyResponseError(
+                given, self.trust, self._config.threshold or 0.0
+            )
+        if verdict.error is not None and self._config.on_error == "raise":
+            raise verdict.error
+        return given
+
+
+@dataclass
+class _Decision:
+    """What the caller gets."""
+
+    given: Any
+
+
+def plain(completion: Any) -> Any:
+    """A completion as plain data; None if it is not one, such as a body that was no JSON."""
+    if completion is None or isinstance(completion, (str, bytes)):
+        return completion
+    if isinstance(completion, Mapping):
+        return completion
+    dump = getattr(completion, "model_dump", None)
+    if dump is None:
+        return None
+    answer = dump(mode="json", exclude_unset=True, warnings=False)
+    answer.pop("tlm_metadata", None)
+    return answer
+
+
+def remember(obj: Any, call: Call) -> None:
+    """Let :func:`trust` find the call's trust by the object that its caller holds."""
+    if obj is None:
+        return
+    with contextlib.suppress(TypeError):
+        _calls[id(obj)] = (weakref.ref(obj, functools.partial(_forget, id(obj))), call)
+    trust = call.trust
+    if trust is not None and trust.score is not None and hasattr(obj, "choices"):
+        log = {} if trust.explanation is None else {"explanation": trust.explanation}
+        # Cleanlab's own convention, so that their helpers accept the object.
+        obj.tlm_metadata = {"trustworthiness_score": trust.score, "log": log}
+
+
+def trust(obj: Any) -> Trust | None:
+    """How far an answer can be trusted.
+
+    Args:
+        obj: A ``ChatCompletion`` as returned, a stream after its end, or a trace id.
+
+    Returns:
+        Its trust, pending in background mode until the score is in; None if nothing is known.
+    """
+    if isinstance(obj, str):
+        return _annotate.read_trust(obj)
+    found = _calls.get(id(obj))
+    if found is not None and found[0]() is obj:
+        return found[1].trust
+    raw = getattr(obj, "_raw_stream", None)
+    if raw is not None:
+        return trust(raw)
+    metadata = getattr(obj, "tlm_metadata", None)
+    if isinstance(metadata, Mapping):
+        return Trust(
+            score=metadata.get("trustworthiness_score"),
+            explanation=(metadata.get("log") or {}).get("explanation"),
+        )
+    return None
+
+
+def flush(timeout: float | None = None) -> bool:
+    """Wait for pending scores, then for MLflow's export.
+
+    Args:
+        timeout: Seconds to wait at most; None waits for as long as it takes.
+
+    Returns:
+        True if nothing is left to be written.
+    """
+    until = None if timeout is None else time.monotonic() + timeout
+    if not _scoring.drain(timeout):
+        return False
+    # MLflow's flush knows no timeout of its own.
+    exported = threading.Event()
+
+    def export() -> None:
+        with guarded("flushing MLflow"):
+            _record.flush()
+        exported.set()
+
+    threading.Thread(target=export, name="tlm-tracing-flush", daemon=True).start()
+    return exported.wait(None if until is None else max(0.0, until - time.monotonic()))
+
+
+_calls: dict[int, tuple[weakref.ref[Any], Call]] = {}
+
+
+def _forget(key: int, _: weakref.ref[Any]) -> None:
+    _calls.pop(key, None)
+
+
+async def _ask(exchange: Exchange, scorer: Scorer) -> Any:
+    """Whatever the scorer itself calls is not the application's."""
+    with _record.silenced(), _scope.suppress():
+        return await scorer.score(exchange)
+
+
+def _scorer(config: Config) -> Scorer:
+    return _resolved(config.scorer, cleanlab_api_key(), cleanlab_base_url())
+
+
+@functools.lru_cache(maxsize=64)
+def _resolved(spec: Any, api_key: str | None, base_url: str) -> Scorer:
+    """Once per setting: the key and the address are part of what "hosted" means."""
+    scorer = scorers.resolve(spec)
+    if scorer is None:
+        raise ScoringError("There is no scorer.", reason="no_scorer")
+    return scorer
+
+
+def _verdict(trust: Trust) -> Future[Verdict]:
+    verdict: Future[Verdict] = Future()
+    verdict.set_result(Verdict(trust))
+    return verdict
+
+
+def _sampled(config: Config, request: Mapping[str, Any]) -> bool:
+    rate = config.sample_rate
+    if callable(rate):
+        rate = rate(request)
+    return rate >= 1.0 or random.random() < rate
+
+
+def _masked(config: Config, text: str) -> str:
+    if config.mask_scorer is None:
+        return text
+    try:
+        return str(config.mask_scorer(text))
+    except Exception:
+        # What could not be masked must not leave.
+        raise Unscorable("scorer_error") from None
+
+
+@functools.lru_cache(maxsize=1)
+def _warn_of_no_scorer() -> None:
+    _logger.warning(
+        "Calls are recorded but not scored, because there is no scorer. Set CLEANLAB_TLM_API_KEY "
+        "(a key is to be had at https://tlm.cleanlab.ai), or give a scorer of your own: "
+        "tlm_tracing.configure(scorer=...) with a function (request, completion) -> score. "
+        'To record only, set mode="off".'
+    )

@@ -1,0 +1,383 @@
+"""Record: the only place where MLflow spans open and close."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import mlflow
+from mlflow.entities import LiveSpan, SpanStatus, SpanStatusCode, SpanType
+from mlflow.tracing.constant import SpanAttributeKey, TokenUsageKey
+from mlflow.tracing.provider import detach_span_from_context, set_span_in_context
+
+from tlm_tracing._config import Config
+from tlm_tracing._data import Exchange, Trust
+
+_NO_OP_TRACE_ID = "MLFLOW_NO_OP_SPAN_TRACE_ID"
+_REPLACED = "[not recorded: the mask failed]"
+
+Masked = Callable[[Any], Any]
+
+
+class CallRecord:
+    """The spans of one call: its parent, the LLM request and the scoring of its answer.
+
+    Attributes:
+        trace_id: The trace that holds them; None when MLflow records nothing here.
+        span_id: Id of the call's parent span.
+    """
+
+    def __init__(
+        self,
+        request: Mapping[str, Any],
+        *,
+        operation: str,
+        provider: str,
+        config: Config,
+    ) -> None:
+        """Open the call's parent span and the LLM span.
+
+        Args:
+            request: The request body as sent.
+            operation: OpenAI's name of the operation, ``"chat.completions"``.
+            provider: ``"openai"`` or ``"azure"``.
+            config: The settings in force.
+        """
+        self._visible = _visible(config)
+        model = str(request.get("model", ""))
+        recorded = self._visible(dict(request))
+        self._parent = _start(
+            f"{_VERB[operation]} {model}".strip(), SpanType.CHAIN, None, recorded
+        )
+        self._llm = _start(
+            f"openai.{operation}", SpanType.CHAT_MODEL, self._parent, recorded
+        )
+        self._scoring: LiveSpan | None = None
+        live = self._parent.trace_id != _NO_OP_TRACE_ID
+        self.trace_id: str | None = self._parent.trace_id if live else None
+        self.span_id: str | None = self._parent.span_id if live else None
+        for span in (self._parent, self._llm):
+            span.set_attribute(SpanAttributeKey.MESSAGE_FORMAT, "openai")
+        self._llm.set_attributes(_request_attributes(request, provider))
+
+    def answered(
+        self,
+        answer: Any,
+        *,
+        request_id: str | None = None,
+        first_token: float | None = None,
+        outcome: str | None = None,
+    ) -> None:
+        """Close the LLM span with its answer.
+
+        Args:
+            answer: The completion as plain data.
+            request_id: OpenAI's ``x-request-id``.
+            first_token: Seconds from the request to a stream's first chunk.
+            outcome: How a stream ended: ``"complete"``, ``"truncated"``, ``"abandoned"``,
+                ``"cancelled"`` or ``"error"``.
+        """
+        self._note_answer(answer, request_id, first_token, outcome)
+        self._llm.end()
+
+    def failed(
+        self,
+        error: BaseException,
+        answer: Any = None,
+        *,
+        first_token: float | None = None,
+        outcome: str | None = None,
+    ) -> None:
+        """Close the LLM span as failed, with as much of the answer as had come."""
+        self._note_answer(answer, None, first_token, outcome)
+        _mark_failed(self._llm, error)
+        self._llm.end()
+        _set_error(self._parent, error)
+
+    def scoring_started(self, prompt: str, response: str) -> None:
+        """Open the scoring span with the texts as they are scored."""
+        recorded = self._visible({"prompt": prompt, "response": response})
+        self._scoring = _start(
+            "tlm.trustworthiness", SpanType.EVALUATOR, self._parent, recorded
+        )
+
+    def scored(self, trust: Trust, detail: str | None = None) -> None:
+        """Close the scoring span.
+
+        Args:
+            trust: The settled trust.
+            detail: What went wrong, when it is unscored.
+        """
+        span, self._scoring = self._scoring, None
+        if span is None:
+            return
+        outputs = {
+            "trust_score": trust.score,
+            "explanation": trust.explanation,
+            "status": trust.status,
+            "reason": trust.reason,
+        }
+        span.set_outputs(
+            self._visible(
+                {key: value for key, value in outputs.items() if value is not None}
+            )
+        )
+        span.set_attributes(_trust_attributes(trust))
+        if trust.status == "unscored":
+            span.set_status(
+                SpanStatus(SpanStatusCode.ERROR, detail or str(trust.reason))
+            )
+        span.end()
+
+    def close(self, answer: Any, trust: Trust, action: str | None) -> None:
+        """Close the call's parent span.
+
+        Args:
+            answer: What the caller got, as plain data.
+            trust: The settled trust.
+            action: What the threshold did.
+        """
+        if answer is not None:
+            self._parent.set_outputs(self._visible(answer))
+        self._parent.set_attributes(_trust_attributes(trust))
+        if action is not None:
+            self._parent.set_attribute("tlm.action", action)
+        self._parent.end()
+
+    def activate(self) -> Any:
+        """Make the call's parent span MLflow's active one in this context; gives the way back."""
+        return _activate(self._parent)
+
+    def deactivate(self, token: Any) -> None:
+        """Undo :meth:`activate`."""
+        _deactivate(token)
+
+    def abandon(self) -> None:
+        """End whatever is still open, so that no trace is held back for ever."""
+        for span in (self._scoring, self._llm, self._parent):
+            if span is not None and span.end_time_ns is None:
+                with contextlib.suppress(Exception):
+                    span.end()
+
+    def _note_answer(
+        self,
+        answer: Any,
+        request_id: str | None,
+        first_token: float | None,
+        outcome: str | None,
+    ) -> None:
+        if answer is not None:
+            self._llm.set_outputs(self._visible(answer))
+        attributes = _answer_attributes(answer) if isinstance(answer, Mapping) else {}
+        attributes["openai.request_id"] = request_id
+        attributes["time_to_first_token"] = first_token
+        attributes["stream.outcome"] = outcome
+        self._llm.set_attributes(
+            {key: value for key, value in attributes.items() if value is not None}
+        )
+
+
+class BlockRecord:
+    """The span of a trusted function call or block."""
+
+    def __init__(self, name: str, inputs: Any, config: Config) -> None:
+        self._visible = _visible(config)
+        self._span = _start(
+            name,
+            SpanType.CHAIN,
+            None,
+            None if inputs is None else self._visible(inputs),
+        )
+        self.trace_id: str | None = (
+            None if self._span.trace_id == _NO_OP_TRACE_ID else self._span.trace_id
+        )
+
+    def activate(self) -> Any:
+        """Make this MLflow's active span in the current context; gives the way back."""
+        return _activate(self._span)
+
+    def deactivate(self, token: Any) -> None:
+        """Undo :meth:`activate`."""
+        _deactivate(token)
+
+    def inputs(self, value: Any) -> None:
+        """Record what went in."""
+        self._span.set_inputs(self._visible(value))
+
+    def outputs(self, value: Any) -> None:
+        """Record what came out."""
+        self._span.set_outputs(self._visible(value))
+
+    def close(self, error: BaseException | None) -> None:
+        """End the span, as failed if there is an error."""
+        if error is not None:
+            _mark_failed(self._span, error)
+        self._span.end()
+
+
+@contextlib.contextmanager
+def silenced() -> Iterator[None]:
+    """MLflow's own tracing is off inside: a scorer's calls are not the application's."""
+    try:
+        block = mlflow.tracing.context(enabled=False)
+    except (AttributeError, TypeError):  # MLflow before it had the switch
+        block = contextlib.nullcontext()
+    with block:
+        yield
+
+
+def flush() -> None:
+    """Have MLflow write what it holds back for asynchronous export."""
+    mlflow.flush_trace_async_logging()
+
+
+_VERB = {"chat.completions": "chat"}
+
+
+def _start(name: str, kind: str, parent: LiveSpan | None, inputs: Any) -> LiveSpan:
+    if parent is not None or not _active_span_has_ended():
+        return mlflow.start_span_no_context(
+            name, span_type=kind, parent_span=parent, inputs=inputs
+        )
+    # The active span belongs to a block that is over, such as a task that outlived it:
+    # a child of it would be lost with the trace that MLflow has already let go.
+    context = contextvars.copy_context()
+    context.run(set_span_in_context, mlflow.entities.NoOpSpan())
+    return context.run(
+        mlflow.start_span_no_context, name, span_type=kind, inputs=inputs
+    )
+
+
+def _activate(span: LiveSpan) -> Any:
+    return None if span.trace_id == _NO_OP_TRACE_ID else set_span_in_context(span)
+
+
+def _deactivate(token: Any) -> None:
+    if token is not None:
+        # Older MLflow raises when the context is another one by now, newer ignores it.
+        with contextlib.suppress(ValueError):
+            detach_span_from_context(token)
+
+
+def _active_span_has_ended() -> bool:
+    active = mlflow.get_current_active_span()
+    return active is not None and active.end_time_ns is not None
+
+
+def _visible(config: Config) -> Masked:
+    """How a value looks on a span under these settings."""
+    if not config.capture_content:
+        return _shape
+    if (mask := config.mask) is None:
+        return _identity
+
+    def masked(value: Any) -> Any:
+        try:
+            return mask(value)
+        except Exception:
+            # A broken mask must not let through what it was meant to hide.
+            return _REPLACED
+
+    return masked
+
+
+def _identity(value: Any) -> Any:
+    return value
+
+
+def _shape(value: Any) -> Any:
+    """What is left of a value when content is not recorded: structure, numbers and lengths."""
+    if isinstance(value, Mapping):
+        return {
+            key: item if key in _SHAPE_WORDS and isinstance(item, str) else _shape(item)
+            for key, item in value.items()
+        }
+    if isinstance(value, (list, tuple)):
+        return [_shape(item) for item in value]
+    if value is None or isinstance(value, (bool, int, float)):
+        return value
+    if isinstance(value, str):
+        return f"[{len(value)} characters]"
+    return f"[{type(value).__name__}]"
+
+
+_SHAPE_WORDS = frozenset(
+    {
+        "role",
+        "type",
+        "model",
+        "object",
+        "finish_reason",
+        "status",
+        "reason",
+        "service_tier",
+    }
+)
+
+
+def _request_attributes(request: Mapping[str, Any], provider: str) -> dict[str, Any]:
+    attributes: dict[str, Any] = {"mlflow.llm.provider": provider}
+    if model := request.get("model"):
+        attributes["mlflow.llm.model"] = model
+    if tools := request.get("tools"):
+        attributes[SpanAttributeKey.CHAT_TOOLS] = tools
+    return attributes
+
+
+def _answer_attributes(answer: Mapping[str, Any]) -> dict[str, Any]:
+    """By OpenTelemetry's GenAI conventions where they have a name, else OpenAI's."""
+    choices = answer.get("choices") or []
+    return {
+        "mlflow.llm.model": answer.get("model"),
+        SpanAttributeKey.CHAT_USAGE: _usage(answer.get("usage")),
+        "gen_ai.response.id": answer.get("id"),
+        "gen_ai.response.model": answer.get("model"),
+        "gen_ai.response.finish_reasons": [
+            choice.get("finish_reason")
+            for choice in choices
+            if isinstance(choice, Mapping)
+        ]
+        or None,
+        "openai.response.system_fingerprint": answer.get("system_fingerprint"),
+        "openai.response.service_tier": answer.get("service_tier"),
+    }
+
+
+def _usage(usage: Any) -> dict[str, int] | None:
+    if not isinstance(usage, Mapping):
+        return None
+    details = usage.get("prompt_tokens_details")
+    counts = {
+        TokenUsageKey.INPUT_TOKENS: usage.get("prompt_tokens"),
+        TokenUsageKey.OUTPUT_TOKENS: usage.get("completion_tokens"),
+        TokenUsageKey.TOTAL_TOKENS: usage.get("total_tokens"),
+        "cache_read_input_tokens": details.get("cached_tokens")
+        if isinstance(details, Mapping)
+        else None,
+    }
+    return {key: count for key, count in counts.items() if isinstance(count, int)}
+
+
+def _trust_attributes(trust: Trust) -> dict[str, Any]:
+    attributes = {
+        "tlm.trustworthiness_score": trust.score,
+        "tlm.status": trust.status,
+        "tlm.reason": trust.reason,
+        "tlm.scorer": trust.scorer,
+        "tlm.seconds": trust.seconds,
+    }
+    return {key: value for key, value in attributes.items() if value is not None}
+
+
+def _mark_failed(span: LiveSpan, error: BaseException) -> None:
+    if isinstance(error, Exception):
+        span.record_exception(error)
+    _set_error(span, error)
+
+
+def _set_error(span: LiveSpan, error: BaseException) -> None:
+    span.set_status(
+        SpanStatus(SpanStatusCode.ERROR, f"{type(error).__name__}: {error}")
+    )
