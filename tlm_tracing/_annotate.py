@@ -103,11 +103,7 @@ def read_trust(trace_id: str) -> Trust | None:
     if (status := tags.get(STATUS_TAG)) is None:
         return None
     if SCORE_TAG not in tags:
-        return (
-            Trust(status="unscored", trace_id=trace_id)
-            if status == "unscored"
-            else None
-        )
+        return Trust(status="unscored", trace_id=trace_id) if status == "unscored" else None
     return Trust(
         score=float(tags[SCORE_TAG]),
         explanation=tags.get(EXPLANATION_TAG),
@@ -122,9 +118,7 @@ def fit(text: str, limit: int = _TAG_LIMIT) -> str:
     if len(text) <= limit:
         return text
     end = limit - 1
-    while end > 0 and (
-        unicodedata.combining(text[end]) or "\u200d" in text[end - 1 : end + 1]
-    ):
+    while end > 0 and (unicodedata.combining(text[end]) or "\u200d" in text[end - 1 : end + 1]):
         end -= 1
     return text[:end] + "…"
 
@@ -164,9 +158,7 @@ def _assessment(trust: Trust, model: str | None, preset: str | None) -> Feedback
     feedback = Feedback(
         name=ASSESSMENT,
         value=trust.score,
-        rationale=None
-        if trust.explanation is None
-        else fit(trust.explanation, 1 << 20),
+        rationale=None if trust.explanation is None else fit(trust.explanation, 1 << 20),
         source=AssessmentSource(source_type="LLM_JUDGE", source_id=source),
         metadata={key: value for key, value in metadata.items() if value is not None},
         trace_id=trust.trace_id,
@@ -183,9 +175,7 @@ def _assessment_id(trust: Trust, source: str) -> str:
 
 
 def _with(assessments: list[Any] | None, new: Feedback) -> list[Any]:
-    others = [
-        item for item in assessments or [] if item.assessment_id != new.assessment_id
-    ]
+    others = [item for item in assessments or [] if item.assessment_id != new.assessment_id]
     return [*others, new]
 
 
@@ -200,13 +190,11 @@ def _stored_info(client: TracingClient, trace_id: str) -> TraceInfo | None:
     # Until then that write would overwrite newer values of the same tags. Stores that do not
     # say so are recognised by the state, which a started trace gets with the same write.
     if _FINALIZED in info.trace_metadata:
-        return info.trace_metadata[_FINALIZED] == "true" and info or None
+        return (info.trace_metadata[_FINALIZED] == "true" and info) or None
     return info if info.state.value != "IN_PROGRESS" else None
 
 
-def _store_assessment(
-    client: TracingClient, info: TraceInfo, feedback: Feedback
-) -> None:
+def _store_assessment(client: TracingClient, info: TraceInfo, feedback: Feedback) -> None:
     known = {item.assessment_id for item in info.assessments or []}
     if feedback.assessment_id in known:
         # Asked first: creating the same id twice is an error that a server's client retries

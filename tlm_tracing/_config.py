@@ -176,9 +176,7 @@ def _from_environment(raw: tuple[str | None, ...], has_key: bool) -> Config:
         try:
             values[name] = parse(text.strip())
         except ValueError as error:
-            raise ConfigurationError(
-                f"{_PREFIX}{name.upper()}={text!r}: {error}"
-            ) from None
+            raise ConfigurationError(f"{_PREFIX}{name.upper()}={text!r}: {error}") from None
     return Config(**{**values, **_configured})
 
 
@@ -225,11 +223,7 @@ def _number(
     least: float | None = None,
     most: float | None = None,
 ) -> None:
-    ok = (
-        isinstance(value, (int, float))
-        and not isinstance(value, bool)
-        and value == value
-    )
+    ok = isinstance(value, (int, float)) and not isinstance(value, bool) and value == value
     if ok and isinstance(value, (int, float)):
         ok = (
             (above is None or value > above)
@@ -246,9 +240,7 @@ def _number(
             )
             if limit is not None
         ]
-        raise ConfigurationError(
-            f"{name} must be a number {' and '.join(limits)}, not {value!r}."
-        )
+        raise ConfigurationError(f"{name} must be a number {' and '.join(limits)}, not {value!r}.")
 
 
 def _whole(name: str, value: object, *, least: int) -> None:

@@ -163,16 +163,12 @@ def as_trust(result: Any) -> Trust:
     if isinstance(result, Trust):
         if result.status == "unscored" and result.reason in REASONS:
             return result
-        return replace(
-            result, score=_checked(result.score), status="scored", reason=None
-        )
+        return replace(result, score=_checked(result.score), status="scored", reason=None)
     if isinstance(result, Mapping):
         log = result.get("log")
         explanation = log.get("explanation") if isinstance(log, Mapping) else None
         score = _checked(result.get("trustworthiness_score"))
-        return Trust(
-            score=score, explanation=None if explanation is None else str(explanation)
-        )
+        return Trust(score=score, explanation=None if explanation is None else str(explanation))
     return Trust(score=_checked(result))
 
 
@@ -182,7 +178,5 @@ def _checked(value: Any) -> float:
     except (TypeError, ValueError):
         raise ScoringError(f"The scorer gave no number but {value!r:.100}.") from None
     if not math.isfinite(score) or not 0.0 <= score <= 1.0:
-        raise ScoringError(
-            f"The scorer gave {score!r}, which is not a score in [0, 1]."
-        )
+        raise ScoringError(f"The scorer gave {score!r}, which is not a score in [0, 1].")
     return score

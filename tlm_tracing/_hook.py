@@ -80,7 +80,7 @@ def wrap_openai(client: ClientT, **settings: Any) -> ClientT:
     return client
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def traced_class(base: Any) -> Any:
     """The subclass of a client class whose instances are recorded.
 
@@ -116,9 +116,7 @@ def _sync_method(base: Any) -> Any:
 def _async_method(base: Any) -> Any:
     @functools.wraps(base.request)
     async def request(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return await _arequest(
-            functools.partial(base.request, self), self, args, kwargs
-        )
+        return await _arequest(functools.partial(base.request, self), self, args, kwargs)
 
     return request
 
@@ -217,15 +215,11 @@ def _begin(client: Any, args: Any, kwargs: Any) -> _pipeline.Call | None:
     """Open the call; None if this request is none that is to be recorded."""
     own = getattr(client, _SETTINGS, None)
     scope = _scope.current()
-    if (
-        own is None and scope is None and _process_settings is None
-    ) or _scope.suppressed():
+    if (own is None and scope is None and _process_settings is None) or _scope.suppressed():
         return None
     with _pipeline.guarded("opening a call"):
         options = kwargs["options"] if "options" in kwargs else args[1]
-        operation = (
-            _OPERATIONS.get(options.url) if options.method.lower() == "post" else None
-        )
+        operation = _OPERATIONS.get(options.url) if options.method.lower() == "post" else None
         if operation is None or not isinstance(options.json_data, Mapping):
             return None
         config = _config.resolve(

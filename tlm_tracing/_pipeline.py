@@ -192,9 +192,7 @@ class Call:
         if error is None:
             self._record.answered(self.answer, first_token=first_token, outcome=outcome)
         else:
-            self._record.failed(
-                error, self.answer, first_token=first_token, outcome=outcome
-            )
+            self._record.failed(error, self.answer, first_token=first_token, outcome=outcome)
 
     def _seconds_until(self, moment: float | None) -> float | None:
         return None if moment is None else moment - self._started
@@ -265,12 +263,8 @@ class Call:
 
     def _note(self, completion: Any, verdict: Verdict) -> None:
         """Write the verdict on the scoring span, the trace and the returned object."""
-        trust = replace(
-            verdict.trust, trace_id=self._record.trace_id, span_id=self._record.span_id
-        )
-        self._record.scored(
-            trust, None if verdict.error is None else str(verdict.error)
-        )
+        trust = replace(verdict.trust, trace_id=self._record.trace_id, span_id=self._record.span_id)
+        self._record.scored(trust, None if verdict.error is None else str(verdict.error))
         self.trust = trust
         _scoring.count(trust)
         remember(completion, self)
@@ -302,11 +296,7 @@ class Call:
 
     def _asked_for(self) -> str:
         on_low = self._config.on_low
-        return (
-            "replaced"
-            if callable(on_low)
-            else {"flag": "flagged", "raise": "raised"}[on_low]
-        )
+        return "replaced" if callable(on_low) else {"flag": "flagged", "raise": "raised"}[on_low]
 
     def _fallback(self, completion: Any) -> Any:
         on_low = self._config.on_low
@@ -352,9 +342,7 @@ class Call:
 
     def _given(self, given: Any, action: str | None, verdict: Verdict) -> Any:
         if action == "raised" and self.trust is not None:
-            raise UntrustworthyResponseError(
-                given, self.trust, self._config.threshold or 0.0
-            )
+            raise UntrustworthyResponseError(given, self.trust, self._config.threshold or 0.0)
         if verdict.error is not None and self._config.on_error == "raise":
             raise verdict.error
         return given

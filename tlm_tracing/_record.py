@@ -13,7 +13,7 @@ from mlflow.tracing.constant import SpanAttributeKey, TokenUsageKey
 from mlflow.tracing.provider import detach_span_from_context, set_span_in_context
 
 from tlm_tracing._config import Config
-from tlm_tracing._data import Exchange, Trust
+from tlm_tracing._data import Trust
 
 _NO_OP_TRACE_ID = "MLFLOW_NO_OP_SPAN_TRACE_ID"
 _REPLACED = "[not recorded: the mask failed]"
@@ -48,12 +48,8 @@ class CallRecord:
         self._visible = _visible(config)
         model = str(request.get("model", ""))
         recorded = self._visible(dict(request))
-        self._parent = _start(
-            f"{_VERB[operation]} {model}".strip(), SpanType.CHAIN, None, recorded
-        )
-        self._llm = _start(
-            f"openai.{operation}", SpanType.CHAT_MODEL, self._parent, recorded
-        )
+        self._parent = _start(f"{_VERB[operation]} {model}".strip(), SpanType.CHAIN, None, recorded)
+        self._llm = _start(f"openai.{operation}", SpanType.CHAT_MODEL, self._parent, recorded)
         self._scoring: LiveSpan | None = None
         live = self._parent.trace_id != _NO_OP_TRACE_ID
         self.trace_id: str | None = self._parent.trace_id if live else None
@@ -99,9 +95,7 @@ class CallRecord:
     def scoring_started(self, prompt: str, response: str) -> None:
         """Open the scoring span with the texts as they are scored."""
         recorded = self._visible({"prompt": prompt, "response": response})
-        self._scoring = _start(
-            "tlm.trustworthiness", SpanType.EVALUATOR, self._parent, recorded
-        )
+        self._scoring = _start("tlm.trustworthiness", SpanType.EVALUATOR, self._parent, recorded)
 
     def scored(self, trust: Trust, detail: str | None = None) -> None:
         """Close the scoring span.
@@ -120,15 +114,11 @@ class CallRecord:
             "reason": trust.reason,
         }
         span.set_outputs(
-            self._visible(
-                {key: value for key, value in outputs.items() if value is not None}
-            )
+            self._visible({key: value for key, value in outputs.items() if value is not None})
         )
         span.set_attributes(_trust_attributes(trust))
         if trust.status == "unscored":
-            span.set_status(
-                SpanStatus(SpanStatusCode.ERROR, detail or str(trust.reason))
-            )
+            span.set_status(SpanStatus(SpanStatusCode.ERROR, detail or str(trust.reason)))
         span.end()
 
     def close(self, answer: Any, trust: Trust, action: str | None) -> None:
@@ -238,16 +228,12 @@ _VERB = {"chat.completions": "chat"}
 
 def _start(name: str, kind: str, parent: LiveSpan | None, inputs: Any) -> LiveSpan:
     if parent is not None or not _active_span_has_ended():
-        return mlflow.start_span_no_context(
-            name, span_type=kind, parent_span=parent, inputs=inputs
-        )
+        return mlflow.start_span_no_context(name, span_type=kind, parent_span=parent, inputs=inputs)
     # The active span belongs to a block that is over, such as a task that outlived it:
     # a child of it would be lost with the trace that MLflow has already let go.
     context = contextvars.copy_context()
     context.run(set_span_in_context, mlflow.entities.NoOpSpan())
-    return context.run(
-        mlflow.start_span_no_context, name, span_type=kind, inputs=inputs
-    )
+    return context.run(mlflow.start_span_no_context, name, span_type=kind, inputs=inputs)
 
 
 def _activate(span: LiveSpan) -> Any:
@@ -335,9 +321,7 @@ def _answer_attributes(answer: Mapping[str, Any]) -> dict[str, Any]:
         "gen_ai.response.id": answer.get("id"),
         "gen_ai.response.model": answer.get("model"),
         "gen_ai.response.finish_reasons": [
-            choice.get("finish_reason")
-            for choice in choices
-            if isinstance(choice, Mapping)
+            choice.get("finish_reason") for choice in choices if isinstance(choice, Mapping)
         ]
         or None,
         "openai.response.system_fingerprint": answer.get("system_fingerprint"),
@@ -378,6 +362,4 @@ def _mark_failed(span: LiveSpan, error: BaseException) -> None:
 
 
 def _set_error(span: LiveSpan, error: BaseException) -> None:
-    span.set_status(
-        SpanStatus(SpanStatusCode.ERROR, f"{type(error).__name__}: {error}")
-    )
+    span.set_status(SpanStatus(SpanStatusCode.ERROR, f"{type(error).__name__}: {error}"))

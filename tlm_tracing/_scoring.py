@@ -198,15 +198,11 @@ def drain(timeout: float | None) -> bool:
     return done.wait(None if until is None else max(0.0, until - time.monotonic()))
 
 
-async def _settle(
-    find: Find, ask: Ask, config: Config, verdict: Future[Verdict]
-) -> None:
+async def _settle(find: Find, ask: Ask, config: Config, verdict: Future[Verdict]) -> None:
     try:
         result = await _judge(find, ask, config, verdict)
     except BaseException as error:
-        _logger.exception(
-            "tlm_tracing could not ask for a score; the call is unscored."
-        )
+        _logger.exception("tlm_tracing could not ask for a score; the call is unscored.")
         result = _failure(error)
     with _runtime.settled:
         _runtime.pending -= 1
@@ -215,9 +211,7 @@ async def _settle(
         verdict.set_result(result)
 
 
-async def _judge(
-    find: Find, ask: Ask, config: Config, verdict: Future[Verdict]
-) -> Verdict:
+async def _judge(find: Find, ask: Ask, config: Config, verdict: Future[Verdict]) -> Verdict:
     if _runtime.gate.is_full(config.max_concurrency, config.queue_size):
         return Verdict(Trust.unscored("queue_full"))
     await _runtime.gate.enter(config.max_concurrency)
@@ -225,9 +219,7 @@ async def _judge(
         try:
             scorer = find()
         except Exception as error:
-            _runtime.warn_once(
-                f"find {config.scorer}", f"No score can be given: {error}"
-            )
+            _runtime.warn_once(f"find {config.scorer}", f"No score can be given: {error}")
             return _failure(error)
         return await _ask_within_bounds(ask, scorer, config, verdict)
     finally:
@@ -254,25 +246,17 @@ async def _ask_within_bounds(
         return _note_failure(_failure(error, scorer), breaker, scorer, started)
     now = time.monotonic()
     breaker.succeeded(now)
-    return Verdict(
-        replace(result, scorer=scorer.name, seconds=now - started), None, scorer
-    )
+    return Verdict(replace(result, scorer=scorer.name, seconds=now - started), None, scorer)
 
 
-def _note_failure(
-    failure: Verdict, breaker: Breaker, scorer: Scorer, started: float
-) -> Verdict:
+def _note_failure(failure: Verdict, breaker: Breaker, scorer: Scorer, started: float) -> Verdict:
     error = failure.error
     if error is not None and error.outage:
         breaker.failed(started, time.monotonic(), error.retry_after)
-        _runtime.warn_once(
-            f"outage {scorer.name}", f"{scorer.name} is unavailable: {error}"
-        )
+        _runtime.warn_once(f"outage {scorer.name}", f"{scorer.name} is unavailable: {error}")
     else:
         breaker.inconclusive()
-        _runtime.warn_once(
-            f"error {scorer.name}", f"{scorer.name} gave no score: {error}"
-        )
+        _runtime.warn_once(f"error {scorer.name}", f"{scorer.name} gave no score: {error}")
     return failure
 
 
@@ -284,9 +268,7 @@ async def _with_deadline(asking: Awaitable[Any], timeout: float) -> Any:
         return task.result()
     task.cancel()
     task.add_done_callback(_forget)
-    raise ScoringError(
-        f"No score within {timeout:g} seconds.", reason="timeout", outage=True
-    )
+    raise ScoringError(f"No score within {timeout:g} seconds.", reason="timeout", outage=True)
 
 
 def _forget(task: asyncio.Future[Any]) -> None:
@@ -299,9 +281,7 @@ def _failure(error: BaseException, scorer: Scorer | None = None) -> Verdict:
         cause = error
         error = ScoringError(f"{type(cause).__name__}: {cause}")
         error.__cause__ = cause
-    trust = replace(
-        Trust.unscored(error.reason), scorer=scorer.name if scorer else None
-    )
+    trust = replace(Trust.unscored(error.reason), scorer=scorer.name if scorer else None)
     return Verdict(trust, error, scorer)
 
 
@@ -332,11 +312,7 @@ def _do_chores(chores: queue.SimpleQueue[_Chore]) -> None:
             pass
         else:
             unfinished.append(chore)
-        unfinished = [
-            chore
-            for chore in unfinished
-            if not _done(chore, alone=len(unfinished) == 1)
-        ]
+        unfinished = [chore for chore in unfinished if not _done(chore, alone=len(unfinished) == 1)]
 
 
 def _done(chore: _Chore, *, alone: bool) -> bool:
@@ -346,16 +322,12 @@ def _done(chore: _Chore, *, alone: bool) -> bool:
         if chore.do():
             return True
     except Exception:
-        _logger.warning(
-            "tlm_tracing could not write a score on its trace.", exc_info=True
-        )
+        _logger.warning("tlm_tracing could not write a score on its trace.", exc_info=True)
     if time.monotonic() < chore.until:
         return False
     with _runtime.lock:
         _runtime.dropped += 1
-    _runtime.warn_once(
-        "dropped", "A score could not be written: the store has no such trace."
-    )
+    _runtime.warn_once("dropped", "A score could not be written: the store has no such trace.")
     return True
 
 

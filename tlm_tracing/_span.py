@@ -20,9 +20,7 @@ R = TypeVar("R")
 class TrustedSpan:
     """An open trusted block, and what is known of the answers given inside it."""
 
-    def __init__(
-        self, name: str, settings: Mapping[str, Any], inputs: Any = None
-    ) -> None:
+    def __init__(self, name: str, settings: Mapping[str, Any], inputs: Any = None) -> None:
         self._scope = Scope(settings)
         self._record: Any = None
         self._told_inputs = inputs is not None
@@ -162,9 +160,7 @@ def trusted(function: Callable[P, R], /) -> Callable[P, R]: ...
 def trusted(
     *, name: str | None = None, **settings: Any
 ) -> Callable[[Callable[P, R]], Callable[P, R]]: ...
-def trusted(
-    function: Any = None, /, *, name: str | None = None, **settings: Any
-) -> Any:
+def trusted(function: Any = None, /, *, name: str | None = None, **settings: Any) -> Any:
     """Record and score every OpenAI call that a function makes, whichever client makes it.
 
     Takes functions, coroutine functions, generators, async generators and methods, with or
@@ -265,9 +261,7 @@ def _generator(function: Callable[P, Any], open_span: OpenSpan) -> Callable[P, A
     return wrapper
 
 
-def _async_generator(
-    function: Callable[P, Any], open_span: OpenSpan
-) -> Callable[P, Any]:
+def _async_generator(function: Callable[P, Any], open_span: OpenSpan) -> Callable[P, Any]:
     @functools.wraps(function)
     async def wrapper(*args: P.args, **kwargs: P.kwargs) -> AsyncGenerator[Any, Any]:
         span = open_span(args, kwargs)

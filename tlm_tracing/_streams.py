@@ -17,9 +17,7 @@ from typing import Any, Protocol
 from openai import AsyncStream, Stream
 from openai.types.chat import ChatCompletion
 
-_JOINED = frozenset(
-    {"content", "refusal", "reasoning_content", "reasoning", "arguments", "input"}
-)
+_JOINED = frozenset({"content", "refusal", "reasoning_content", "reasoning", "arguments", "input"})
 _AUDIO = frozenset({"data", "transcript"})
 
 
@@ -96,9 +94,7 @@ class _Watch:
             self._listener.stream_left(self.heard, outcome, error, elsewhere=elsewhere)
 
     def interrupted(self, error: BaseException) -> None:
-        stopped = isinstance(
-            error, (asyncio.CancelledError, KeyboardInterrupt, SystemExit)
-        )
+        stopped = isinstance(error, (asyncio.CancelledError, KeyboardInterrupt, SystemExit))
         self.left("cancelled" if stopped else "error", error)
 
     def dropped(self) -> None:
@@ -297,9 +293,7 @@ def reduce(chunks: Iterable[Any]) -> dict[str, Any]:
 
 
 def _dump(chunk: Any) -> dict[str, Any]:
-    data: dict[str, Any] = chunk.model_dump(
-        mode="json", exclude_unset=True, warnings=False
-    )
+    data: dict[str, Any] = chunk.model_dump(mode="json", exclude_unset=True, warnings=False)
     return data
 
 

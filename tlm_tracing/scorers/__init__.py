@@ -1,0 +1,57 @@
+"""Scorers: who says how far an answer can be trusted. One back end a file.
+
+Anything with a ``name``, an ``async score(exchange)`` and an ``async aclose()`` is a scorer; a
+plain function ``(request, completion) -> score`` will do as well.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from tlm_tracing._config import cleanlab_api_key
+from tlm_tracing._data import Scorer
+from tlm_tracing.exceptions import ConfigurationError, ScoringError
+
+if TYPE_CHECKING:
+    from tlm_tracing.scorers.hosted import HostedTLM
+
+__all__ = ["HostedTLM", "Scorer", "resolve"]
+
+
+def resolve(spec: Any) -> Scorer:
+    """The scorer that the ``scorer`` setting means.
+
+    Args:
+        spec: ``"hosted"``, a :class:`Scorer`, or a sync or async callable
+            ``(request, completion) -> float, Trust or dict``.
+
+    Raises:
+        ConfigurationError: If it is none of these.
+        ScoringError: With reason ``"no_scorer"``, if it is ``"hosted"`` and there is no key.
+    """
+    if spec == "hosted":
+        if cleanlab_api_key() is None:
+            raise ScoringError(
+                'scorer="hosted" needs CLEANLAB_TLM_API_KEY to be set.', reason="no_scorer"
+            )
+        from tlm_tracing.scorers.hosted import HostedTLM
+
+        return HostedTLM()
+    if isinstance(spec, Scorer) and not isinstance(spec, type):
+        return spec
+    if callable(spec) and not isinstance(spec, type):
+        from tlm_tracing.scorers._function import FunctionScorer
+
+        return FunctionScorer(spec)
+    raise ConfigurationError(
+        f'scorer must be "hosted", a scorer such as HostedTLM(...), or a function '
+        f"(request, completion) -> score, not {spec!r:.100}."
+    )
+
+
+def __getattr__(name: str) -> Any:
+    if name == "HostedTLM":
+        from tlm_tracing.scorers.hosted import HostedTLM
+
+        return HostedTLM
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
