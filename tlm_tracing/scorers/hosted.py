@@ -200,7 +200,9 @@ def _read(status: int, headers: Mapping[str, str], content: bytes) -> Mapping[st
         answer = None
     said = _complaint(answer)
     if status == 429:
-        raise _PassingError(f"Cleanlab's rate limit is reached{said}", retry_after=_retry_after(headers))
+        raise _PassingError(
+            f"Cleanlab's rate limit is reached{said}", retry_after=_retry_after(headers)
+        )
     if status >= 500:
         raise _PassingError(f"Cleanlab answered {status}{said}", retry_after=_retry_after(headers))
     if status in (401, 403):
