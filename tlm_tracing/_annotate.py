@@ -42,7 +42,7 @@ def annotate_live(trust: Trust, *, model: str | None, preset: str | None) -> boo
         return True
     # MLflow's public calls either need the trace to be active in this very context, or write
     # to a store that does not know it yet (a foreign key fails, the tag is lost).
-    with InMemoryTraceManager.get_instance().get_trace(trust.trace_id) as trace:
+    with _in_memory(trust.trace_id) as trace:
         if trace is None:
             return False
         changes = _tags(trace.info.tags, trust)
@@ -93,7 +93,7 @@ def read_trust(trace_id: str) -> Trust | None:
     Args:
         trace_id: An MLflow trace id, of a trace in memory or in the store.
     """
-    with InMemoryTraceManager.get_instance().get_trace(trace_id) as trace:
+    with _in_memory(trace_id) as trace:
         tags = dict(trace.info.tags) if trace is not None else None
     if tags is None:
         try:
@@ -121,6 +121,11 @@ def fit(text: str, limit: int = _TAG_LIMIT) -> str:
     while end > 0 and (unicodedata.combining(text[end]) or "\u200d" in text[end - 1 : end + 1]):
         end -= 1
     return text[:end] + "…"
+
+
+def _in_memory(trace_id: str) -> Any:
+    """Enter to have MLflow's own live trace, locked; None if it is not in memory."""
+    return InMemoryTraceManager.get_instance().get_trace(trace_id)  # type: ignore[no-untyped-call]
 
 
 def _tags(present: dict[str, str], trust: Trust) -> dict[str, str | None]:
@@ -199,6 +204,6 @@ def _store_assessment(client: TracingClient, info: TraceInfo, feedback: Feedback
     if feedback.assessment_id in known:
         # Asked first: creating the same id twice is an error that a server's client retries
         # for minutes.
-        client.update_assessment(info.trace_id, feedback.assessment_id, feedback)
+        client.update_assessment(info.trace_id, str(feedback.assessment_id), feedback)
     else:
         client.log_assessment(info.trace_id, feedback)

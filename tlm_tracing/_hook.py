@@ -75,7 +75,7 @@ def wrap_openai(client: ClientT, **settings: Any) -> ClientT:
         )
     _config.check(settings)
     if not hasattr(type(client), _SETTINGS):
-        client.__class__ = traced_class(type(client))
+        client.__class__ = traced_class(type(client))  # type: ignore[arg-type]
     object.__setattr__(client, _SETTINGS, dict(settings))
     return client
 

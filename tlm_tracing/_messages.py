@@ -176,7 +176,7 @@ def _response(answer: Mapping[str, Any], choice: int) -> str:
 
 def _calls(message: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """Tool calls, and what they were called before."""
-    calls = [_plain(call) for call in _items(message.get("tool_calls"))]
+    calls: list[Mapping[str, Any]] = [_plain(call) for call in _items(message.get("tool_calls"))]
     if function_call := message.get("function_call"):
         calls.append({"type": "function", "function": function_call})
     return calls

@@ -18,6 +18,7 @@ import weakref
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from tlm_tracing import _annotate, _record, _scope, _scoring, scorers
@@ -33,20 +34,33 @@ if TYPE_CHECKING:
 _logger = logging.getLogger("tlm_tracing")
 
 
-@contextlib.contextmanager
-def guarded(doing: str) -> Iterator[None]:
+class guarded:  # noqa: N801 - used like a function
     """Our bugs are ours: logged with their traceback, never raised at the caller.
 
     Args:
         doing: What was going on, to complete "tlm_tracing failed while ...".
     """
-    try:
-        yield
-    except Exception:
-        _logger.exception(
+
+    def __init__(self, doing: str) -> None:
+        self._doing = doing
+
+    def __enter__(self) -> None:
+        """Nothing to set up."""
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> bool:
+        if not isinstance(error, Exception):
+            return False
+        _logger.error(
             "tlm_tracing failed while %s; the application's call is not affected.",
-            doing,
+            self._doing,
+            exc_info=error,
         )
+        return True
 
 
 class Call:

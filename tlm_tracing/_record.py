@@ -90,7 +90,7 @@ class CallRecord:
         self._note_answer(answer, None, first_token, outcome)
         _mark_failed(self._llm, error)
         self._llm.end()
-        _set_error(self._parent, error)
+        _set_error(self._parent, _named(error))
 
     def scoring_started(self, prompt: str, response: str) -> None:
         """Open the scoring span with the texts as they are scored."""
@@ -118,7 +118,7 @@ class CallRecord:
         )
         span.set_attributes(_trust_attributes(trust))
         if trust.status == "unscored":
-            span.set_status(SpanStatus(SpanStatusCode.ERROR, detail or str(trust.reason)))
+            _set_error(span, detail or str(trust.reason))
         span.end()
 
     def close(self, answer: Any, trust: Trust, action: str | None) -> None:
@@ -210,6 +210,7 @@ class BlockRecord:
 @contextlib.contextmanager
 def silenced() -> Iterator[None]:
     """MLflow's own tracing is off inside: a scorer's calls are not the application's."""
+    block: contextlib.AbstractContextManager[None]
     try:
         block = mlflow.tracing.context(enabled=False)
     except (AttributeError, TypeError):  # MLflow before it had the switch
@@ -232,7 +233,7 @@ def _start(name: str, kind: str, parent: LiveSpan | None, inputs: Any) -> LiveSp
     # The active span belongs to a block that is over, such as a task that outlived it:
     # a child of it would be lost with the trace that MLflow has already let go.
     context = contextvars.copy_context()
-    context.run(set_span_in_context, mlflow.entities.NoOpSpan())
+    context.run(set_span_in_context, mlflow.entities.NoOpSpan())  # type: ignore[no-untyped-call]
     return context.run(mlflow.start_span_no_context, name, span_type=kind, inputs=inputs)
 
 
@@ -358,8 +359,13 @@ def _trust_attributes(trust: Trust) -> dict[str, Any]:
 def _mark_failed(span: LiveSpan, error: BaseException) -> None:
     if isinstance(error, Exception):
         span.record_exception(error)
-    _set_error(span, error)
+    _set_error(span, _named(error))
 
 
-def _set_error(span: LiveSpan, error: BaseException) -> None:
-    span.set_status(SpanStatus(SpanStatusCode.ERROR, f"{type(error).__name__}: {error}"))
+def _named(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def _set_error(span: LiveSpan, message: str) -> None:
+    # MLflow documents that it takes a SpanStatus; its annotation says otherwise.
+    span.set_status(SpanStatus(SpanStatusCode.ERROR, message))  # type: ignore[arg-type]

@@ -12,6 +12,7 @@ from typing import Any, ParamSpec, TypeVar, overload
 from tlm_tracing import _config
 from tlm_tracing._data import Trust
 from tlm_tracing._scope import Scope, suppressed
+from tlm_tracing.exceptions import ConfigurationError
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -186,10 +187,8 @@ def _decorate(function: Any, name: str | None, settings: Mapping[str, Any]) -> A
     if isinstance(function, (staticmethod, classmethod)):
         return type(function)(_decorate(function.__func__, name, settings))
     if not callable(function) or isinstance(function, type):
-        raise _config.ConfigurationError(
-            f"trusted decorates functions and methods, not {function!r}."
-        )
-    span_name = name or getattr(function, "__name__", type(function).__name__)
+        raise ConfigurationError(f"trusted decorates functions and methods, not {function!r}.")
+    span_name = name or str(getattr(function, "__name__", type(function).__name__))
 
     def open_span(args: Any, kwargs: Any) -> TrustedSpan:
         return TrustedSpan(span_name, settings, _arguments(function, args, kwargs))

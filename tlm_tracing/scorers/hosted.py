@@ -292,6 +292,7 @@ def _construct(preset: str, options: Mapping[str, Any]) -> None:
     import cleanlab_tlm
 
     try:
-        cleanlab_tlm.TLM(preset, api_key="not sent", options=dict(options), verbose=False)
+        make: Any = cleanlab_tlm.TLM
+        make(preset, api_key="not sent", options=dict(options), verbose=False)
     except Exception as error:
         raise ConfigurationError(f"cleanlab-tlm refuses these settings: {error}") from error
