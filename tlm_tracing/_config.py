@@ -162,11 +162,6 @@ def cleanlab_base_url() -> str:
     return (os.environ.get("CLEANLAB_API_BASE_URL") or _CLEANLAB_URL).rstrip("/")
 
 
-def is_set(name: str) -> bool:
-    """Whether an environment variable is set and not empty."""
-    return bool(os.environ.get(name))
-
-
 @functools.lru_cache(maxsize=32)
 def _from_environment(raw: tuple[str | None, ...], has_key: bool) -> Config:
     values: dict[str, Any] = {"scorer": "hosted" if has_key else None}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -85,7 +86,11 @@ class Sandbox:
 
     def environment(self) -> dict[str, str]:
         """The environment variables that point OpenAI's and Cleanlab's clients here."""
+        # A proxy from the environment would be asked for the loopback address, too.
+        no_proxy = ",".join(filter(None, [os.environ.get("NO_PROXY"), "127.0.0.1"]))
         return {
+            "NO_PROXY": no_proxy,
+            "no_proxy": no_proxy,
             "OPENAI_BASE_URL": self.openai_base_url,
             "OPENAI_API_KEY": "sk-sandbox",
             "CLEANLAB_API_BASE_URL": self.tlm_base_url,

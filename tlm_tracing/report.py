@@ -1,0 +1,56 @@
+"""The least trustworthy answers first, in the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from rich.table import Table
+from rich.text import Text
+
+from tlm_tracing._data import Trust
+
+
+@dataclass(frozen=True)
+class Line:
+    """One answered question.
+
+    Attributes:
+        question: What was asked.
+        answer: What was answered.
+        trust: How far the answer can be trusted.
+    """
+
+    question: str
+    answer: str
+    trust: Trust
+
+
+def by_trust(lines: Iterable[Line]) -> list[Line]:
+    """Sort from least to most trustworthy; the unscored come first, nobody knows of them."""
+    return sorted(lines, key=lambda line: -1.0 if line.trust.score is None else line.trust.score)
+
+
+def table(lines: Iterable[Line]) -> Table:
+    """A table of questions, answers, scores and explanations, the least trustworthy first."""
+    found = Table(show_lines=True, title="Least trustworthy first")
+    found.add_column("Trust", justify="right", no_wrap=True)
+    found.add_column("Question", ratio=3)
+    found.add_column("Answer", ratio=3)
+    found.add_column("Explanation", ratio=4)
+    for line in by_trust(lines):
+        score, explanation = line.trust.score, line.trust.explanation
+        shown = str(line.trust.reason) if score is None else f"{score:.4f}"
+        found.add_row(
+            Text(shown, style=_colour(score)),
+            Text(line.question),
+            Text(line.answer),
+            Text(explanation or ""),
+        )
+    return found
+
+
+def _colour(score: float | None) -> str:
+    if score is None:
+        return "dim"
+    return "red" if score < 0.5 else "yellow" if score < 0.8 else "green"
