@@ -8,14 +8,14 @@ from pathlib import Path
 
 # Before MLflow is imported: no telemetry, and no call to the outside from a test.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-os.environ.setdefault("DO_NOT_TRACK", "true")
+os.environ.setdefault("MLFLOW_MODEL_CATALOG_URI", "")
 
 import mlflow
 import openai
 import pytest
 
 import tlm_tracing as tt
-from tlm_tracing import _config, _hook
+from tlm_tracing import _config, _hook, _limits, _pipeline, _scoring
 from tlm_tracing.testing import FakeScorer, Sandbox
 
 pytest_plugins = ["pytester"]
@@ -58,6 +58,10 @@ def clean_slate(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
         if name.startswith(("TLM_TRACING_", "CLEANLAB_", "OPENAI_")):
             monkeypatch.delenv(name)
     monkeypatch.chdir(tmp_path)
+    _pipeline._resolved.cache_clear()
+    _pipeline._warn_of_no_scorer.cache_clear()
+    _scoring._runtime.warned.clear()
+    _scoring._runtime.budget = _limits.Budget()
     yield
     tt.autolog(disable=True)
     _config._configured.clear()

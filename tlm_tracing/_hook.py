@@ -250,7 +250,6 @@ def _completion(call: _pipeline.Call, result: Any) -> Any:
     with _pipeline.guarded("reading an answer"):
         if isinstance(result, (openai.Stream, openai.AsyncStream)):
             _streams.listen(result, call)
-            _pipeline.remember(result, call)
             return None
         if not hasattr(result, "http_response"):
             return result

@@ -26,7 +26,7 @@ from tlm_tracing._config import Config, cleanlab_api_key, cleanlab_base_url
 from tlm_tracing._data import Exchange, Scorer, Trust
 from tlm_tracing._messages import Unscorable, render
 from tlm_tracing._scoring import Verdict
-from tlm_tracing.exceptions import ScoringError, UntrustworthyResponseError
+from tlm_tracing.exceptions import UntrustworthyResponseError
 
 if TYPE_CHECKING:
     from tlm_tracing._streams import Heard
@@ -131,6 +131,10 @@ class Call:
         with self._leaving_early(completion, asked):
             verdict = await asyncio.shield(asyncio.wrap_future(asked))
         return await self._ahanded_over(completion, verdict)
+
+    def stream_opened(self, stream: Any) -> None:
+        """The caller holds a stream, and may ask for the trust in it."""
+        remember(stream, self)
 
     def stream_ended(self, heard: Heard) -> None:
         """A stream is exhausted: score what it said."""
@@ -460,16 +464,27 @@ async def _ask(exchange: Exchange, scorer: Scorer) -> Any:
 
 
 def _scorer(config: Config) -> Scorer:
-    return _resolved(config.scorer, cleanlab_api_key(), cleanlab_base_url())
+    return _resolved(_Spec(config.scorer), cleanlab_api_key(), cleanlab_base_url())
 
 
 @functools.lru_cache(maxsize=64)
-def _resolved(spec: Any, api_key: str | None, base_url: str) -> Scorer:
+def _resolved(spec: _Spec, api_key: str | None, base_url: str) -> Scorer:
     """Once per setting: the key and the address are part of what "hosted" means."""
-    scorer = scorers.resolve(spec)
-    if scorer is None:
-        raise ScoringError("There is no scorer.", reason="no_scorer")
-    return scorer
+    return scorers.resolve(spec.value)
+
+
+class _Spec:
+    """A ``scorer`` setting as a key: a name by its text, all else by identity."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+        self._key = value if isinstance(value, str) else id(value)
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Spec) and self._key == other._key
 
 
 def _verdict(trust: Trust) -> Future[Verdict]:

@@ -14,7 +14,7 @@ import os
 import queue
 import threading
 import time
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
@@ -30,6 +30,7 @@ _logger = logging.getLogger("tlm_tracing")
 _RETRY_EVERY = 0.25
 _KEEP_TRYING = 60.0
 _EXIT_GRACE = 5.0
+_MOST_SCORERS = 256
 
 Find = Callable[[], Scorer]
 Ask = Callable[[Scorer], Awaitable[Any]]
@@ -68,10 +69,9 @@ class _Runtime:
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.settled = threading.Condition(self.lock)
-        self.breakers: dict[int, Breaker] = {}
+        self.breakers: OrderedDict[int, tuple[Scorer, Breaker]] = OrderedDict()
         self.budget = Budget()
         self.gate = Gate()
-        self.scorers: list[Scorer] = []
         self.warned: set[str] = set()
         self.pending = 0
         self.scored = 0
@@ -101,10 +101,15 @@ class _Runtime:
                 self._chore_thread = _start_thread(_do_chores, self.chores)
 
     def breaker(self, scorer: Scorer) -> Breaker:
-        """The scorer's own breaker; knows the scorer, so that it can be closed at the end."""
-        if scorer not in self.scorers:
-            self.scorers.append(scorer)
-        return self.breakers.setdefault(id(scorer), Breaker())
+        """The scorer's own breaker; runs on the scoring loop."""
+        if id(scorer) not in self.breakers:
+            self.breakers[id(scorer)] = (scorer, Breaker())
+            if len(self.breakers) > _MOST_SCORERS:
+                # Someone makes a scorer for each call; an evicted one that is used again
+                # opens anew.
+                _, (oldest, _) = self.breakers.popitem(last=False)
+                self._closing = asyncio.ensure_future(_close([oldest]))
+        return self.breakers[id(scorer)][1]
 
     def warn_once(self, key: str, message: str) -> None:
         """Say it the first time only: an outage must not fill the log."""
@@ -118,7 +123,9 @@ class _Runtime:
             loop, self._loop = self._loop, None
         if loop is None:
             return
-        closing = asyncio.run_coroutine_threadsafe(_close(list(self.scorers)), loop)
+        closing = asyncio.run_coroutine_threadsafe(
+            _close([scorer for scorer, _ in self.breakers.values()]), loop
+        )
         with contextlib.suppress(Exception):
             closing.result(_EXIT_GRACE)
         loop.call_soon_threadsafe(loop.stop)

@@ -47,7 +47,10 @@ class Heard:
 
 
 class Listener(Protocol):
-    """Who is told how a stream ended; exactly one of these is called, once."""
+    """Who is told of a stream: that it is there, and then once, how it ended."""
+
+    def stream_opened(self, stream: Any) -> None:
+        """It was handed to the caller."""
 
     def stream_ended(self, heard: Heard) -> None:
         """It was exhausted."""
@@ -135,6 +138,7 @@ def listen(stream: Stream[Any] | AsyncStream[Any], listener: Listener) -> None:
     else:
         _tell_close(stream.response, watch, inner)
     weakref.finalize(stream, watch.dropped).atexit = False
+    listener.stream_opened(stream)
 
 
 @functools.lru_cache(maxsize=32)

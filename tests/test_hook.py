@@ -1,0 +1,288 @@
+"""Every way in sees the same calls, once, and leaves the request and the classes alone."""
+
+import asyncio
+import inspect
+import subprocess
+import sys
+
+import openai
+import pytest
+
+import tlm_tracing as tt
+import tlm_tracing.openai
+from tlm_tracing.exceptions import ConfigurationError
+
+QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
+SHAPE = ["chat gpt-4o", "openai.chat.completions", "tlm.trustworthiness"]
+
+
+def ask(client, **options):
+    return client.chat.completions.create(model="gpt-4o", messages=QUESTION, **options)
+
+
+def names(trace):
+    return [span.name for span in trace.data.spans]
+
+
+def by_autolog(scorer, base):
+    tt.autolog(scorer=scorer)
+    return base()
+
+
+def by_wrapping(scorer, base):
+    return tt.wrap_openai(base(), scorer=scorer)
+
+
+def by_import(scorer, base):
+    tt.configure(scorer=scorer)
+    return getattr(tlm_tracing.openai, base.__name__)()
+
+
+WAYS_IN = pytest.mark.parametrize("way_in", [by_autolog, by_wrapping, by_import])
+
+
+@WAYS_IN
+def test_a_sync_call_is_recorded_and_scored(way_in, sandbox, scorer, trace):
+    completion = ask(way_in(scorer, openai.OpenAI))
+    assert completion.choices[0].message.content
+    assert tt.trust(completion).score == 0.9
+    assert names(trace()) == SHAPE
+
+
+@WAYS_IN
+def test_an_async_call_is_recorded_and_scored(way_in, sandbox, scorer, trace):
+    async def main():
+        async with way_in(scorer, openai.AsyncOpenAI) as client:
+            return await ask(client)
+
+    assert tt.trust(asyncio.run(main())).score == 0.9
+    assert names(trace()) == SHAPE
+
+
+@WAYS_IN
+@pytest.mark.parametrize("base", [openai.OpenAI, openai.AsyncOpenAI])
+def test_the_client_is_still_an_instance_of_its_class(way_in, base, sandbox, scorer):
+    client = way_in(scorer, base)
+    assert isinstance(client, base)
+    assert type(client).__name__ == base.__name__
+    assert str(inspect.signature(client.request)) == str(inspect.signature(base().request))
+
+
+def test_wrapping_gives_the_same_client(sandbox):
+    client = openai.OpenAI()
+    assert tt.wrap_openai(client) is client
+    assert tt.wrap_openai(client) is client
+
+
+def test_copies_of_a_wrapped_client_are_traced_and_other_clients_are_not(sandbox, scorer, traces):
+    client = tt.wrap_openai(openai.OpenAI(), scorer=scorer)
+    ask(client.with_options(max_retries=0))
+    ask(client.copy(timeout=3).with_options())
+    ask(openai.OpenAI())
+    traces(2)
+    assert len(scorer.exchanges) == 2
+
+
+def test_a_call_seen_by_several_ways_in_counts_once(sandbox, scorer, trace):
+    tt.autolog(scorer=scorer)
+    client = tt.wrap_openai(tlm_tracing.openai.OpenAI(), scorer=scorer)
+
+    @tt.trusted
+    def answer():
+        with tt.trusted_span("block"):
+            return ask(client)
+
+    answer()
+    assert len(scorer.exchanges) == 1
+    assert len(sandbox.requests("openai")) == 1
+    assert names(trace()) == ["answer", "block", *SHAPE]
+
+
+def test_the_innermost_settings_win(sandbox, scorer):
+    other = tt.testing.FakeScorer(default=0.1)
+    tt.configure(scorer=other)
+    client = tt.wrap_openai(openai.OpenAI(), scorer=scorer)
+    assert tt.trust(ask(client)).score == 0.9
+    with tt.trusted_span(scorer=other):
+        assert tt.trust(ask(client)).score == 0.1
+
+
+def test_autolog_is_idempotent_and_leaves_no_residue(sandbox, scorer, traces):
+    before = dict(vars(openai.OpenAI)), dict(vars(openai.AsyncOpenAI))
+    original = openai.OpenAI.request
+    tt.autolog(scorer=scorer)
+    tt.autolog(scorer=scorer)
+    ask(openai.OpenAI())
+    tt.autolog(disable=True)
+    tt.autolog(disable=True)
+    assert (dict(vars(openai.OpenAI)), dict(vars(openai.AsyncOpenAI))) == before
+    assert openai.OpenAI.request is original
+    ask(openai.OpenAI())
+    traces(1)
+
+
+def test_autolog_reaches_clients_made_before_it_and_the_module_itself(
+    sandbox, scorer, traces, monkeypatch
+):
+    monkeypatch.setattr(openai, "api_key", "sk-sandbox")
+    monkeypatch.setattr(openai, "base_url", f"{sandbox.openai_base_url}/")
+    client = openai.OpenAI()
+    tt.autolog(scorer=scorer)
+    ask(client)
+    ask(openai)
+    traces(2)
+
+
+def test_autolog_under_another_tools_patch_can_still_be_switched_off(sandbox, scorer, traces):
+    tt.autolog(scorer=scorer)
+    ours = openai.OpenAI.request
+
+    def theirs(self, *args, **kwargs):
+        return ours(self, *args, **kwargs)
+
+    openai.OpenAI.request = theirs
+    try:
+        ask(openai.OpenAI())
+        tt.autolog(disable=True)
+        ask(openai.OpenAI())
+        traces(1)
+    finally:
+        del openai.OpenAI.request
+
+
+def test_azure_is_recorded_as_such(sandbox, scorer, trace):
+    client = tt.wrap_openai(
+        openai.AzureOpenAI(
+            azure_endpoint=sandbox.openai_base_url.removesuffix("/v1"),
+            api_key="key",
+            api_version="2024-10-21",
+        ),
+        scorer=scorer,
+    )
+    assert tt.trust(ask(client)).score == 0.9
+    assert trace().data.spans[1].attributes["mlflow.llm.provider"] == "azure"
+
+
+def _as_sent(request):
+    headers = {
+        name: value for name, value in request.headers.items() if name != "x-stainless-read-timeout"
+    }
+    return request.path, headers, request.body
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_request_on_the_wire_is_the_same_as_without_us(stream, sandbox, scorer):
+    options = {
+        "temperature": 0.5,
+        "stream": stream,
+        "extra_headers": {"X-Mine": "1"},
+        "user": openai.NOT_GIVEN,
+    }
+    with openai.OpenAI() as client:
+        list(ask(client, **options))
+        tt.wrap_openai(client, scorer=scorer)
+        with tt.trusted_span("inside"):
+            list(ask(client, **options))
+    bare, ours = sandbox.requests("openai")
+    assert _as_sent(ours) == _as_sent(bare)
+
+
+def test_other_requests_are_left_alone(sandbox, scorer, traces):
+    client = tt.wrap_openai(openai.OpenAI(), scorer=scorer)
+    assert client.models.list().data
+    assert client.embeddings.create(model="m", input="x").data[0].embedding
+    traces(0)
+
+
+def test_an_error_reaches_the_caller_as_openai_raised_it(sandbox, scorer, trace):
+    client = openai.OpenAI(max_retries=0)
+
+    def failure():
+        with pytest.raises(openai.RateLimitError) as caught:
+            client.chat.completions.create(model="sandbox:status=429", messages=QUESTION)
+        return caught.value
+
+    bare = failure()
+    tt.wrap_openai(client, scorer=scorer)
+    ours = failure()
+    assert (type(ours), str(ours), ours.body) == (type(bare), str(bare), bare.body)
+    assert type(ours.__cause__) is type(bare.__cause__)
+    found = trace()
+    assert [span.status.status_code.value for span in found.data.spans] == ["ERROR", "ERROR"]
+    assert found.info.tags["trust_status"] == "unscored"
+    assert found.data.spans[0].attributes["tlm.reason"] == "call_failed"
+    assert not scorer.exchanges
+
+
+def test_a_bug_of_ours_does_not_reach_the_caller(sandbox, caplog, monkeypatch):
+    from tlm_tracing import _record
+
+    def broken(*_args, **_kwargs):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(_record.CallRecord, "__init__", broken)
+    completion = ask(tt.wrap_openai(openai.OpenAI()))
+    assert completion.choices[0].message.content
+    assert "a bug" in caplog.text
+    caplog.clear()
+
+
+def test_enabled_false_makes_every_way_in_a_pass_through(sandbox, scorer, traces, monkeypatch):
+    monkeypatch.setenv("TLM_TRACING_ENABLED", "false")
+    tt.autolog(scorer=scorer)
+    with tt.trusted_span("nothing") as span:
+        ask(tt.wrap_openai(openai.OpenAI()))
+    assert (span.trust, span.trace_id) == (None, None)
+    traces(0)
+
+
+def test_suppress_records_and_scores_nothing(sandbox, scorer, traces):
+    client = tt.wrap_openai(openai.OpenAI(), scorer=scorer)
+    with tt.suppress(), tt.trusted_span("nothing"):
+        ask(client)
+    traces(0)
+    assert not scorer.exchanges
+
+
+@pytest.mark.parametrize("wrong", ["a text", openai.OpenAI, object()])
+def test_wrapping_something_else_says_what_is_wanted(wrong):
+    with pytest.raises(ConfigurationError, match=r"openai\.OpenAI or openai\.AsyncOpenAI"):
+        tt.wrap_openai(wrong)
+
+
+@pytest.mark.parametrize("way", [tt.autolog, tt.configure, tt.trusted_span, tt.trusted])
+def test_an_unknown_setting_names_the_known_ones(way):
+    with pytest.raises(ConfigurationError, match=r"Unknown setting tresholds.*threshold"):
+        way(tresholds=0.5)
+
+
+def test_subclasses_of_the_client_can_be_wrapped(sandbox, scorer):
+    class Mine(openai.OpenAI):
+        extra = "kept"
+
+    client = tt.wrap_openai(Mine(), scorer=scorer)
+    assert (client.extra, isinstance(client, Mine)) == ("kept", True)
+    assert tt.trust(ask(client)).score == 0.9
+
+
+def test_raw_responses_are_scored_and_stay_raw(sandbox, scorer, traces):
+    client = tt.wrap_openai(openai.OpenAI(), scorer=scorer)
+    raw = client.chat.completions.with_raw_response.create(model="gpt-4o", messages=QUESTION)
+    assert raw.headers["x-request-id"]
+    assert tt.trust(raw.parse()).score == 0.9
+    streamed = client.chat.completions.with_raw_response.create(
+        model="gpt-4o", messages=QUESTION, stream=True
+    )
+    stream = streamed.parse()
+    assert list(stream)
+    assert tt.trust(stream).score == 0.9
+    traces(2)
+
+
+def test_importing_the_drop_in_patches_nothing():
+    code = (
+        "import openai; before = dict(vars(openai.OpenAI)), openai.OpenAI.request;"
+        "import tlm_tracing.openai;"
+        "assert before == (dict(vars(openai.OpenAI)), openai.OpenAI.request)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
