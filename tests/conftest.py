@@ -9,6 +9,8 @@ from pathlib import Path
 # Before MLflow is imported: no telemetry, and no call to the outside from a test.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_MODEL_CATALOG_URI", "")
+# Flushing MLflow's asynchronous export takes a second; tests of it ask for it.
+os.environ.setdefault("MLFLOW_ENABLE_ASYNC_TRACE_LOGGING", "false")
 
 import mlflow
 import openai
@@ -82,6 +84,17 @@ def no_bugs_of_ours(caplog: pytest.LogCaptureFixture):
         if record.name == "tlm_tracing" and record.levelno >= logging.ERROR
     ]
     assert ours == []
+
+
+@pytest.fixture
+def asynchronous_export(monkeypatch: pytest.MonkeyPatch):
+    """MLflow's default: traces are written from another thread, a moment after they ended."""
+    monkeypatch.setenv("MLFLOW_ENABLE_ASYNC_TRACE_LOGGING", "true")
+    mlflow.tracing.reset()
+    yield
+    mlflow.flush_trace_async_logging()
+    monkeypatch.undo()
+    mlflow.tracing.reset()
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import pydantic
 import pytest
 
 import tlm_tracing as tt
-from tlm_tracing.openai import OpenAI
+from tlm_tracing.openai import AsyncOpenAI, OpenAI
 
 QUESTION = [
     {"role": "system", "content": "You are a trivia master."},
@@ -198,7 +198,7 @@ def test_calls_are_children_of_the_users_own_span(trace):
 
 def test_a_task_that_outlives_the_block_it_began_in_loses_nothing(traces):
     async def main():
-        async with tt.openai.AsyncOpenAI() as client:
+        async with AsyncOpenAI() as client:
             go = asyncio.Event()
 
             async def late():
@@ -210,8 +210,6 @@ def test_a_task_that_outlives_the_block_it_began_in_loses_nothing(traces):
                 await asyncio.sleep(0)
             go.set()
             return await task
-
-    import tlm_tracing.openai  # noqa: F401 - the drop-in is met by attribute above
 
     assert tt.trust(asyncio.run(main())).score == 0.9
     assert sorted(len(found.data.spans) for found in traces(2)) == [1, 3]
@@ -226,6 +224,13 @@ def test_nothing_is_recorded_while_mlflow_is_switched_off(traces):
     finally:
         mlflow.tracing.enable()
     traces(0)
+
+
+def test_half_a_character_does_not_cost_the_trace(trace, sandbox):
+    sandbox.script("openai", {"content": "half \ud83d"})
+    assert ask().choices[0].message.content == "half \ud83d"
+    message = trace().data.spans[1].outputs["choices"][0]["message"]
+    assert message["content"] == "half ?"
 
 
 def test_a_scorers_own_openai_calls_are_not_the_applications(trace, sandbox):

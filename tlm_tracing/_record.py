@@ -12,6 +12,11 @@ from mlflow.entities import LiveSpan, SpanStatus, SpanStatusCode, SpanType
 from mlflow.tracing.constant import SpanAttributeKey, TokenUsageKey
 from mlflow.tracing.provider import detach_span_from_context, set_span_in_context
 
+try:
+    from mlflow.tracing.provider import get_current_otel_span
+except ImportError:  # MLflow before it kept its context apart from OpenTelemetry's
+    from opentelemetry.trace import get_current_span as get_current_otel_span
+
 from tlm_tracing._config import Config
 from tlm_tracing._data import Trust
 
@@ -249,8 +254,8 @@ def _deactivate(token: Any) -> None:
 
 
 def _active_span_has_ended() -> bool:
-    active = mlflow.get_current_active_span()
-    return active is not None and active.end_time_ns is not None
+    # Not mlflow.get_current_active_span: it knows no span whose trace has been written.
+    return getattr(get_current_otel_span(), "end_time", None) is not None
 
 
 def _visible(config: Config) -> Masked:
@@ -258,11 +263,11 @@ def _visible(config: Config) -> Masked:
     if not config.capture_content:
         return _shape
     if (mask := config.mask) is None:
-        return _identity
+        return _storable
 
     def masked(value: Any) -> Any:
         try:
-            return mask(value)
+            return _storable(mask(value))
         except Exception:
             # A broken mask must not let through what it was meant to hide.
             return _REPLACED
@@ -270,7 +275,14 @@ def _visible(config: Config) -> Masked:
     return masked
 
 
-def _identity(value: Any) -> Any:
+def _storable(value: Any) -> Any:
+    """The same, with texts that a store can encode: half a surrogate pair costs the trace."""
+    if isinstance(value, str):
+        return value if value.isascii() else value.encode("utf-8", "replace").decode("utf-8")
+    if isinstance(value, Mapping):
+        return {key: _storable(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_storable(item) for item in value]
     return value
 
 
