@@ -16,7 +16,7 @@ import threading
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Awaitable, Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -30,6 +30,7 @@ _logger = logging.getLogger("tlm_tracing")
 _RETRY_EVERY = 0.25
 _KEEP_TRYING = 60.0
 _EXIT_GRACE = 5.0
+_LAST_WORDS = 2.0
 _MOST_SCORERS = 256
 
 Find = Callable[[], Scorer]
@@ -88,6 +89,7 @@ class _Runtime:
         with self.lock:
             if self._loop is None:
                 self._loop = asyncio.new_event_loop()
+                self.ending = self._loop.create_future()
                 _start_thread(_run_loop, self._loop)
                 # Not atexit: MLflow's own flush at exit must come after the last score, and
                 # threads that are no daemons are waited for before that.
@@ -117,18 +119,16 @@ class _Runtime:
             self.warned.add(key)
             _logger.warning(message)
 
-    def stop(self) -> None:
-        """Close what scorers hold open and end the loop."""
-        with self.lock:
-            loop, self._loop = self._loop, None
-        if loop is None:
-            return
-        closing = asyncio.run_coroutine_threadsafe(
-            _close([scorer for scorer, _ in self.breakers.values()]), loop
-        )
+    def give_up(self) -> None:
+        """Wait for no score any more: what is pending is unscored."""
+        self.loop.call_soon_threadsafe(self.ending.set_result, None)
+
+    def close_scorers(self) -> None:
+        """Close what scorers hold open. The loop itself ends with the process."""
+        scorers = [scorer for scorer, _ in self.breakers.values()]
+        closing = asyncio.run_coroutine_threadsafe(_close(scorers), self.loop)
         with contextlib.suppress(Exception):
             closing.result(_EXIT_GRACE)
-        loop.call_soon_threadsafe(loop.stop)
 
 
 def submit(find: Find, ask: Ask, config: Config) -> Future[Verdict]:
@@ -228,6 +228,8 @@ async def _judge(find: Find, ask: Ask, config: Config, verdict: Future[Verdict])
         except Exception as error:
             _runtime.warn_once(f"find {config.scorer}", f"No score can be given: {error}")
             return _failure(error)
+        if _runtime.ending.done():
+            return _failure(_too_late(), scorer)
         return await _ask_within_bounds(ask, scorer, config, verdict)
     finally:
         _runtime.gate.leave()
@@ -270,12 +272,20 @@ def _note_failure(failure: Verdict, breaker: Breaker, scorer: Scorer, started: f
 async def _with_deadline(asking: Awaitable[Any], timeout: float) -> Any:
     task = asyncio.ensure_future(asking)
     # Not wait_for: it would wait for a scorer that does not let itself be cancelled.
-    done, _ = await asyncio.wait({task}, timeout=timeout)
-    if done:
+    await asyncio.wait(
+        {task, _runtime.ending}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED
+    )
+    if task.done():
         return task.result()
     task.cancel()
     task.add_done_callback(_forget)
+    if _runtime.ending.done():
+        raise _too_late()
     raise ScoringError(f"No score within {timeout:g} seconds.", reason="timeout", outage=True)
+
+
+def _too_late() -> ScoringError:
+    return ScoringError("The process ended before the score came.", reason="timeout")
 
 
 def _forget(task: asyncio.Future[Any]) -> None:
@@ -338,12 +348,34 @@ def _done(chore: _Chore, *, alone: bool) -> bool:
     return True
 
 
+class _DaemonThreads(ThreadPoolExecutor):
+    """A daemon thread for each job of the loop, such as to look up an address.
+
+    A pool takes no job once the process is about to end, when the last scores are still being
+    asked for, and a job that hangs would hold up the exit.
+    """
+
+    def submit(self, function: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:
+        job: Future[Any] = Future()
+
+        def run() -> None:
+            if not job.set_running_or_notify_cancel():
+                return
+            try:
+                result = function(*args, **kwargs)
+            except BaseException as error:
+                job.set_exception(error)
+            else:
+                job.set_result(result)
+
+        threading.Thread(target=run, name="tlm-tracing-job", daemon=True).start()
+        return job
+
+
 def _run_loop(loop: asyncio.AbstractEventLoop) -> None:
     asyncio.set_event_loop(loop)
-    try:
-        loop.run_forever()
-    finally:
-        loop.close()
+    loop.set_default_executor(_DaemonThreads())
+    loop.run_forever()
 
 
 async def _close(scorers_to_close: list[Scorer]) -> None:
@@ -355,8 +387,10 @@ async def _close(scorers_to_close: list[Scorer]) -> None:
 def _see_out(runtime: _Runtime) -> None:
     """Wait for the main thread to end, then for the last scores, then close up."""
     threading.main_thread().join()
-    drain(_EXIT_GRACE)
-    runtime.stop()
+    if not drain(_EXIT_GRACE):
+        runtime.give_up()
+        drain(_LAST_WORDS)
+    runtime.close_scorers()
 
 
 def _start_thread(

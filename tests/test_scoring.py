@@ -1,0 +1,234 @@
+"""The runtime keeps within bounds, and sees scores through to the end of the process."""
+
+import asyncio
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import mlflow
+import openai
+import pytest
+
+import tlm_tracing as tt
+from tlm_tracing.openai import AsyncOpenAI, OpenAI
+from tlm_tracing.testing import FakeScorer
+
+QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
+
+
+def ask(client=None, model="gpt-4o", **options):
+    client = client or OpenAI()
+    return client.chat.completions.create(model=model, messages=QUESTION, **options)
+
+
+class Counting:
+    """A scorer that knows how many scores it is asked for at once."""
+
+    name = "counting"
+
+    def __init__(self):
+        self.now = self.most = 0
+
+    async def score(self, exchange):
+        self.now += 1
+        self.most = max(self.most, self.now)
+        await asyncio.sleep(0.1)
+        self.now -= 1
+        return 0.5
+
+    async def aclose(self):
+        pass
+
+
+@pytest.mark.parametrize("cap", [1, 4])
+def test_no_more_scores_are_in_flight_than_allowed(cap, sandbox):
+    scorer = Counting()
+    tt.configure(scorer=scorer, max_concurrency=cap)
+
+    async def main():
+        async with AsyncOpenAI() as client:
+            return await asyncio.gather(*(ask(client) for _ in range(8)))
+
+    assert {tt.trust(completion).score for completion in asyncio.run(main())} == {0.5}
+    assert min(cap, 2) <= scorer.most <= cap
+
+
+def test_waiting_for_a_place_does_not_count_against_the_timeout(sandbox):
+    tt.configure(scorer=Counting(), max_concurrency=1, timeout=0.3)
+    with ThreadPoolExecutor(8) as pool:
+        completions = list(pool.map(lambda _: ask(), range(8)))
+    assert {tt.trust(completion).score for completion in completions} == {0.5}
+
+
+def test_beyond_the_queue_a_call_is_unscored_at_once(sandbox, scorer, traces):
+    scorer.hold()
+    tt.configure(scorer=scorer, mode="background", max_concurrency=1, queue_size=1)
+    first, second, third = ask(), ask(), ask()
+    assert tt.trust(third).wait(10).reason == "queue_full"
+    scorer.release()
+    assert [tt.trust(one).wait(10).score for one in (first, second)] == [0.9, 0.9]
+    traces(3)
+
+
+def test_a_budget_is_kept(sandbox, scorer):
+    tt.configure(scorer=scorer, max_scores_per_minute=2)
+    reasons = [tt.trust(ask()).reason for _ in range(4)]
+    assert reasons == [None, None, "budget", "budget"]
+    assert len(scorer.exchanges) == 2
+
+
+@pytest.mark.parametrize("kind", ["async", "sync", "deaf"])
+def test_a_scorer_that_hangs_costs_the_timeout(kind, sandbox, trace):
+    let_go = threading.Event()
+
+    async def hangs(request, completion):
+        await asyncio.Event().wait()
+
+    def blocks(request, completion):
+        let_go.wait()
+        return 0.5
+
+    async def deaf(request, completion):
+        while not let_go.is_set():
+            try:
+                await asyncio.sleep(0.05)
+            except asyncio.CancelledError:  # noqa: PERF203 - a scorer as bad as can be
+                continue
+
+    started = time.monotonic()
+    completion = ask(
+        tt.wrap_openai(
+            openai.OpenAI(),
+            scorer={"async": hangs, "sync": blocks, "deaf": deaf}[kind],
+            timeout=0.3,
+        )
+    )
+    assert 0.3 <= time.monotonic() - started < 2
+    assert tt.trust(completion).reason == "timeout"
+    assert "0.3 seconds" in trace().data.spans[2].status.description
+    let_go.set()
+
+
+def test_one_bad_answer_among_good_ones_does_not_stop_the_others(sandbox):
+    error = RuntimeError("this one")
+    tt.configure(scorer=FakeScorer(0.5, error, 0.6, error, 0.7))
+    scores = [tt.trust(ask()).score for _ in range(5)]
+    assert scores == [0.5, None, 0.6, None, 0.7]
+
+
+def test_an_outage_is_noticed_once_and_its_end_too(sandbox):
+    outage = tt.ScoringError("down", reason="scorer_unavailable", outage=True)
+    scorer = FakeScorer(outage)
+    tt.configure(scorer=scorer)
+    assert tt.trust(ask()).reason == "scorer_unavailable"
+    assert tt.trust(ask()).reason == "scorer_unavailable"
+    assert len(scorer.exchanges) == 1
+    until = time.monotonic() + 10
+    while tt.trust(ask()).score is None:
+        assert time.monotonic() < until
+    assert tt.trust(ask()).score == 0.9
+
+
+def test_an_outage_is_logged_once(sandbox, caplog):
+    outage = tt.ScoringError("down", reason="scorer_unavailable", outage=True)
+    tt.configure(scorer=FakeScorer(default=outage))
+    for _ in range(5):
+        ask()
+    assert len([one for one in caplog.records if one.name == "tlm_tracing"]) == 1
+
+
+def test_threads_and_loops_share_one_runtime(sandbox, scorer):
+    tt.configure(scorer=scorer)
+
+    async def some():
+        async with AsyncOpenAI() as client:
+            return await asyncio.gather(*(ask(client) for _ in range(3)))
+
+    with ThreadPoolExecutor(4) as pool:
+        found = [
+            one for batch in pool.map(lambda _: asyncio.run(some()), range(4)) for one in batch
+        ]
+    assert {tt.trust(completion).score for completion in found} == {0.9}
+    ours = [thread.name for thread in threading.enumerate() if "tlm-tracing-run" in thread.name]
+    assert len(ours) == 1
+
+
+def run(code, sandbox, store, **more):
+    """Run an application in a process of its own, as a user would."""
+    environment = {**os.environ, **sandbox.environment(), "MLFLOW_TRACKING_URI": store, **more}
+    environment.pop("MLFLOW_ENABLE_ASYNC_TRACE_LOGGING", None)
+    return subprocess.run(
+        [sys.executable, "-W", "error::ResourceWarning", "-c", textwrap.dedent(code)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+APPLICATION = """
+    import mlflow, openai, tlm_tracing as tt
+    mlflow.set_experiment({experiment!r})
+    def ask():
+        return openai.OpenAI().chat.completions.create(
+            model="gpt-4o", messages=[{{"role": "user", "content": "?"}}]
+        )
+"""
+
+
+@pytest.fixture
+def application(request):
+    return APPLICATION.format(experiment=request.node.nodeid)
+
+
+def stored(experiment):
+    return mlflow.search_traces(locations=[experiment], return_type="list")
+
+
+def test_scores_in_the_background_are_not_lost_at_exit(sandbox, store, experiment, application):
+    sandbox.default("tlm", delay=0.5)
+    done = run(application + "    tt.autolog(mode='background')\n    ask()", sandbox, store)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    (found,) = stored(experiment)
+    assert found.info.tags["trust_status"] == "scored"
+
+
+def test_an_exit_is_not_held_up_by_a_scorer_that_hangs(sandbox, store, experiment, application):
+    sandbox.default("tlm", hang=True)
+    started = time.monotonic()
+    done = run(application + "    tt.autolog(mode='background')\n    ask()", sandbox, store)
+    assert time.monotonic() - started < 30
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "destroyed" not in done.stderr
+    (found,) = stored(experiment)
+    assert found.data.spans[0].attributes["tlm.reason"] == "timeout"
+
+
+def test_nothing_is_said_at_exit_after_inline_calls(sandbox, store, experiment, application):
+    done = run(application + "    tt.autolog()\n    ask()", sandbox, store)
+    assert done.returncode == 0, done.stderr
+    assert "Warning" not in done.stderr.replace("SADeprecationWarning", "")
+    assert "Error" not in done.stderr
+    assert stored(experiment)[0].info.tags["trust_status"] == "scored"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_child_scores(sandbox, store, experiment, application):
+    code = """
+    import os, sys
+    tt.autolog()
+    assert tt.trust(ask()).score is not None
+    child = os.fork()
+    if not child:
+        score = tt.trust(ask()).score
+        os._exit(0 if score is not None else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    """
+    done = run(application + code, sandbox, store)
+    assert done.returncode == 0, done.stderr
