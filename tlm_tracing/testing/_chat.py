@@ -88,12 +88,12 @@ def _choice(index: int, request: Mapping[str, Any], behaviour: Behaviour, state:
 def _content(index: int, request: Mapping[str, Any], behaviour: Behaviour, state: State) -> str:
     if behaviour.get("empty"):
         return ""
-    if "content" in behaviour:
-        return str(behaviour["content"])
     asked = question(request)
     canned = state.canned(asked)
     schema = (request.get("response_format") or {}).get("json_schema")
-    if canned is not None:
+    if "content" in behaviour:
+        text = str(behaviour["content"])
+    elif canned is not None:
         text = canned.text
     elif schema:
         return json.dumps(_example(schema.get("schema", {}), schema.get("schema", {})))
@@ -109,7 +109,8 @@ def question(request: Mapping[str, Any]) -> str:
             content = message.get("content") or ""
             if isinstance(content, str):
                 return content
-            return "\n".join(part["text"] for part in content if part.get("text"))
+            parts = (part for part in content if isinstance(part, Mapping))
+            return "\n".join(str(part["text"]) for part in parts if part.get("text"))
     return ""
 
 

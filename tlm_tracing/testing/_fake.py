@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import inspect
 import threading
 from collections import deque
@@ -72,7 +73,8 @@ class FakeScorer:
         with self._changed:
             held, self._held = self._held or [], None
         for loop, released in held:
-            loop.call_soon_threadsafe(released.set)
+            with contextlib.suppress(RuntimeError):  # whoever waited has closed their loop
+                loop.call_soon_threadsafe(released.set)
 
     def wait_for(self, count: int, timeout: float = 10.0) -> None:
         """Wait until it was asked so many times.

@@ -21,10 +21,15 @@ def openai_side(state: State, hold: Hold) -> web.Application:
 
     async def chat(request: web.Request) -> web.StreamResponse:
         body = await body_of(request)
-        if not isinstance(body, Mapping) or not isinstance(body.get("messages"), list):
-            return web.json_response(_error("'messages' must be a list."), status=400)
+        if not _has_messages(body):
+            return _refused("'messages' must be a list of messages.")
         model = str(body.get("model", ""))
-        behaviour = state.behaviour("openai", request.path, await request.read(), model)
+        try:
+            behaviour = state.behaviour("openai", request.path, await request.read(), model)
+        except ValueError as error:
+            return _refused(str(error))
+        if body.get("stream") and behaviour.get("garbage"):
+            return await _garbled(request)
         trouble = await fault(behaviour, hold, _error("The Sandbox was told to fail."))
         if trouble is not None:
             return trouble
@@ -40,12 +45,35 @@ def openai_side(state: State, hold: Hold) -> web.Application:
         {
             "POST /v1/chat/completions": chat,
             "POST /openai/deployments/{deployment}/chat/completions": chat,
+            "POST /v1/openai/deployments/{deployment}/chat/completions": chat,
             "POST /v1/embeddings": _embeddings,
             "GET /v1/models": _models,
             "GET /v1/models/{model}": _model,
             "* /{anything:.*}": _not_found,
         },
     )
+
+
+def _has_messages(body: Any) -> bool:
+    messages = body.get("messages") if isinstance(body, Mapping) else None
+    return isinstance(messages, list) and all(isinstance(one, Mapping) for one in messages)
+
+
+def _refused(message: str) -> web.Response:
+    return web.json_response(_error(message), status=400, headers=_headers())
+
+
+async def _garbled(request: web.Request) -> web.StreamResponse:
+    response = await _opened(request)
+    await response.write(_event("this is { not JSON"))
+    await response.write_eof()
+    return response
+
+
+async def _opened(request: web.Request) -> web.StreamResponse:
+    response = web.StreamResponse(headers={"Content-Type": "text/event-stream", **_headers()})
+    await response.prepare(request)
+    return response
 
 
 async def _whole(
@@ -66,8 +94,7 @@ async def _stream(
 ) -> web.StreamResponse:
     if behaviour.get("disconnect") == 0:
         return drop(request)
-    response = web.StreamResponse(headers={"Content-Type": "text/event-stream", **_headers()})
-    await response.prepare(request)
+    response = await _opened(request)
     stop_after = next(
         (
             behaviour[name]
@@ -106,6 +133,8 @@ def _error(message: str) -> dict[str, Any]:
 
 async def _embeddings(request: web.Request) -> web.Response:
     body = await body_of(request)
+    if not isinstance(body, Mapping):
+        return _refused("The body is no JSON object.")
     given = body.get("input", "")
     inputs = given if isinstance(given, list) else [given]
     data = [

@@ -36,13 +36,17 @@ def application(side: str, state: State, routes: Mapping[str, Handler]) -> web.A
     async def record(request: web.Request, handler: Handler) -> web.StreamResponse:
         headers = {name.lower(): value for name, value in request.headers.items()}
         body = await request.read()
-        recorded = RecordedRequest(side, request.method, request.path_qs, headers, body)
+        recorded = RecordedRequest(
+            side, request.method, request.path_qs, headers, tuple(request.headers.items()), body
+        )
         peer = None if request.transport is None else request.transport.get_extra_info("peername")
-        state.arrived(recorded, peer)
+        era = state.arrived(recorded, peer)
         try:
             return await handler(request)
+        except ConnectionResetError:
+            return drop(request)  # the client left early, as it may
         finally:
-            state.left(side)
+            state.left(side, era)
 
     app = web.Application(middlewares=[record], client_max_size=_LARGEST_BODY)
     for route, handler in routes.items():
@@ -57,7 +61,7 @@ async def fault(behaviour: Behaviour, hold: Hold, error: Mapping[str, Any]) -> w
     Args:
         behaviour: How to answer the request at hand.
         hold: Where to hang.
-        error: The JSON body of an error, in the side's own shape.
+        error: The JSON body of an error, in the side's own shape, unless one was scripted.
     """
     await asyncio.sleep(behaviour.get("delay", 0))
     if behaviour.get("hang"):
@@ -72,7 +76,8 @@ async def fault(behaviour: Behaviour, hold: Hold, error: Mapping[str, Any]) -> w
     if behaviour.get("garbage"):
         return web.Response(status=status, text="this is { not JSON", headers=headers)
     if status != 200:
-        return web.json_response(error, status=status, headers=headers)
+        told = behaviour.get("body", error)
+        return web.json_response(told, status=status, headers=headers)
     return None
 
 

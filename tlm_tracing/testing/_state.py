@@ -6,14 +6,24 @@ import hashlib
 import json
 import threading
 from collections import Counter, deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 Side: TypeAlias = Literal["openai", "tlm"]
 Behaviour: TypeAlias = dict[str, Any]
 
-_BOTH = {"status", "html", "retry_after", "fail_first", "delay", "hang", "disconnect", "garbage"}
+_BOTH = {
+    "status",
+    "html",
+    "retry_after",
+    "fail_first",
+    "delay",
+    "hang",
+    "disconnect",
+    "garbage",
+    "body",
+}
 BEHAVIOURS: Mapping[str, frozenset[str]] = {
     "openai": frozenset(
         _BOTH
@@ -38,7 +48,8 @@ class RecordedRequest:
         side: ``"openai"`` or ``"tlm"``.
         method: ``"POST"``, ...
         path: Path with the query.
-        headers: Header names in lower case.
+        headers: Values by header name in lower case.
+        raw_headers: Names and values as they came, in order.
         body: The bytes of the body.
     """
 
@@ -46,6 +57,7 @@ class RecordedRequest:
     method: str
     path: str
     headers: Mapping[str, str]
+    raw_headers: tuple[tuple[str, str], ...]
     body: bytes
 
     @property
@@ -68,11 +80,13 @@ class State:
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
+        self._era = 0
         self.clear()
 
     def clear(self) -> None:
         """Forget everything."""
         with self._changed:
+            self._era += 1
             self._rows: dict[str, Row] = {}
             self._scores: dict[tuple[str, str], Row] = {}
             self._scripts: dict[str, deque[Behaviour]] = {side: deque() for side in BEHAVIOURS}
@@ -85,12 +99,11 @@ class State:
 
     def load(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Add canned answers; see :meth:`Sandbox.load`."""
+        read = [_read(row) for row in rows]
         with self._changed:
-            for row in rows:
-                question, text = row["prompt"].strip(), row["response"]
-                canned = Row(text, row.get("score"), row.get("explanation"))
+            for question, canned in read:
                 self._rows[question] = canned
-                self._scores[question, text.strip()] = canned
+                self._scores[question, canned.text.strip()] = canned
 
     def script(self, side: str, behaviours: Iterable[Behaviour]) -> None:
         """Queue behaviours, one for each of the next requests."""
@@ -108,8 +121,9 @@ class State:
         """How the request at hand is to be answered."""
         with self._changed:
             if self._scripts[side]:
-                return self._scripts[side].popleft()
-            chosen = {**self._defaults[side], **_steering(side, model)}
+                chosen = self._scripts[side].popleft()
+            else:
+                chosen = {**self._defaults[side], **_steering(side, model)}
             fails = chosen.pop("fail_first", 0)
             if fails:
                 self._attempts[path, body] += 1
@@ -124,7 +138,8 @@ class State:
 
     def score(self, prompt: str, response: str) -> Row:
         """The score of a pair: its own if it is canned, else one made of a hash."""
-        found = self._scores.get((question_of(prompt).strip(), response.strip()))
+        asked = (self._scores.get((one.strip(), response.strip())) for one in questions_of(prompt))
+        found = next(filter(None, asked), None)
         if found is None or found.score is None:
             digest = hashlib.sha256(f"{prompt}\x1f{response}".encode("utf-8", "replace")).digest()
             score = int.from_bytes(digest[:4], "big") / 2**32
@@ -133,8 +148,8 @@ class State:
             return Row(response, found.score, "Canned by the Sandbox.")
         return found
 
-    def arrived(self, request: RecordedRequest, peer: Any) -> None:
-        """Note a request."""
+    def arrived(self, request: RecordedRequest, peer: Any) -> int:
+        """Note a request; gives the era that :meth:`left` wants to know."""
         with self._changed:
             side = request.side
             self._requests.append(request)
@@ -142,11 +157,12 @@ class State:
             self._in_flight[side] += 1
             self._max_in_flight[side] = max(self._max_in_flight[side], self._in_flight[side])
             self._changed.notify_all()
+            return self._era
 
-    def left(self, side: str) -> None:
-        """Note that a request is over."""
+    def left(self, side: str, era: int) -> None:
+        """Note that a request is over; one from before a :meth:`clear` counts no more."""
         with self._changed:
-            self._in_flight[side] = max(0, self._in_flight[side] - 1)
+            self._in_flight[side] -= era == self._era
 
     def requests(self, side: str) -> list[RecordedRequest]:
         """What has arrived, in order."""
@@ -169,13 +185,23 @@ class State:
         return self._max_in_flight[side]
 
 
-def question_of(prompt: str) -> str:
-    """What the user asked last in a prompt as TLM gets it."""
+def questions_of(prompt: str) -> Iterator[str]:
+    """What the user may have asked last in a prompt as TLM gets it, the likeliest first."""
+    yield prompt
     turns = prompt.removesuffix("Assistant:")
-    if turns == prompt:
-        return prompt
-    before, marker, last = f"\n\n{turns}".rpartition("\n\nUser: ")
-    return last if marker else before
+    last = f"\n\n{turns}".rpartition("\n\nUser: ")[2]
+    yield last
+    # Tool calls and their results may have followed.
+    yield last.partition("\n\nAssistant: ")[0]
+
+
+def _read(row: Mapping[str, Any]) -> tuple[str, Row]:
+    try:
+        question, text = row["prompt"].strip(), row["response"]
+    except KeyError as error:
+        raise ValueError(f"A row needs prompt and response; {error} is missing.") from None
+    score = row.get("score", row.get("trustworthiness_score"))
+    return question, Row(text, score, row.get("explanation"))
 
 
 def _checked(side: str, behaviour: Behaviour) -> Behaviour:

@@ -23,7 +23,7 @@ def tlm_side(state: State, hold: Hold) -> web.Application:
     def endpoint(answer: Any) -> Handler:
         async def handle(request: web.Request) -> web.StreamResponse:
             body = await body_of(request)
-            key = request.headers.get("Authorization", "").removeprefix("bearer ")
+            key = request.headers.get("Authorization", "").split(" ")[-1]
             if key in ("", "invalid"):
                 refused = {"code": "invalid_api_key", "description": "Invalid API key."}
                 return web.json_response(refused, status=401)
@@ -33,7 +33,12 @@ def tlm_side(state: State, hold: Hold) -> web.Application:
             trouble = await fault(behaviour, hold, _error(behaviour))
             if trouble is not None:
                 return trouble
-            return await _given(request, answer(body, behaviour, state), behaviour)
+            try:
+                given = answer(body, behaviour, state)
+            except (AttributeError, LookupError, TypeError) as error:
+                message = f"The request is not as this endpoint expects it: {error!r}"
+                return web.json_response({"error": message}, status=400)
+            return await _given(request, given, behaviour)
 
         return handle
 
@@ -46,6 +51,7 @@ def tlm_side(state: State, hold: Hold) -> web.Application:
             "POST /api/v1/tlm_explanation/get_explanation": endpoint(_explain),
             "POST /api/v1/openai_trustworthy_llm/score": endpoint(_openai_score),
             "POST /api/v1/rag_trustworthy_llm/score": endpoint(_rag_score),
+            "POST /api/v1/rag_trustworthy_llm/generate": endpoint(_rag_generate),
             "* /{anything:.*}": _not_found,
         },
     )
@@ -60,8 +66,7 @@ def _score(body: Body, behaviour: Behaviour, state: State) -> dict[str, Any]:
 
 
 def _prompt(body: Body, behaviour: Behaviour, state: State) -> dict[str, Any]:
-    canned = state.canned(body["prompt"])
-    response = canned.text if canned else f"The Sandbox's answer to: {body['prompt']}"
+    response = _answered(body["prompt"], state)
     told = _told(body["prompt"], response, behaviour, state)
     answer = {"response": response, "confidence_score": told.score, "deberta_success": True}
     return _logged(answer, body, told, behaviour)
@@ -82,6 +87,17 @@ def _rag_score(body: Body, behaviour: Behaviour, state: State) -> dict[str, Any]
     told = _told(body.get("query") or body["prompt"], _text(body["response"]), behaviour, state)
     evals = {one["name"]: {"score": told.score} for one in body.get("evals") or []}
     return {"trustworthiness": _logged({"score": told.score}, body, told, behaviour), **evals}
+
+
+def _rag_generate(body: Body, behaviour: Behaviour, state: State) -> dict[str, Any]:
+    response = _answered(body.get("query") or body["prompt"], state)
+    scored = _rag_score({**body, "response": response}, behaviour, state)
+    return {"response": response, **scored}
+
+
+def _answered(question: str, state: State) -> str:
+    canned = state.canned(question)
+    return canned.text if canned else f"The Sandbox's answer to: {question}"
 
 
 def _text(response: Any) -> str:

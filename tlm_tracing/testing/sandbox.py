@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import base64
-import json
 import os
-import subprocess
-import sys
-import threading
 from collections.abc import Iterable, Mapping
 from types import TracebackType
 from typing import Any
 
+from tlm_tracing.testing._child import Child
 from tlm_tracing.testing._server import Server
 from tlm_tracing.testing._state import RecordedRequest, Side
 
@@ -22,10 +18,10 @@ class Sandbox:
     Answers and scores are canned or made up; nothing leaves the machine. How it behaves can be
     scripted, and steered by the request itself: ``model="sandbox:status=429,retry_after=1"``.
 
-    Behaviours of both sides: ``status`` (int), ``fail_first`` (so many equal requests fail),
-    ``html`` (a proxy's page), ``garbage`` (no JSON), ``retry_after``, ``delay`` (seconds),
-    ``hang`` (until :meth:`release`), ``disconnect`` (OpenAI: after so many chunks; TLM: at once
-    or ``"mid"``).
+    Behaviours of both sides: ``status`` (int), ``body`` (the JSON of a failure), ``fail_first``
+    (so many equal requests fail), ``html`` (a proxy's page), ``garbage`` (no JSON),
+    ``retry_after``, ``delay`` (seconds), ``hang`` (until :meth:`release`), ``disconnect``
+    (OpenAI: after so many chunks; TLM: at once or ``"mid"``).
 
     Of the OpenAI side: ``content``, ``refusal``, ``reasoning``, ``tools`` (a number),
     ``tool_args``, ``function_call``, ``empty``, ``null_content``, ``no_choices``,
@@ -54,7 +50,7 @@ class Sandbox:
     def start(self) -> Sandbox:
         """Start serving; ``with Sandbox() as sandbox:`` does it, too."""
         if self._server is None:
-            self._server = _Child() if self._process else Server()
+            self._server = Child() if self._process else Server()
         return self
 
     def stop(self) -> None:
@@ -121,8 +117,11 @@ class Sandbox:
         """Can many answers.
 
         Args:
-            rows: Each with ``prompt`` and ``response``, and if known ``score`` and
-                ``explanation``.
+            rows: Each with ``prompt`` and ``response``, and if known ``score`` (or Cleanlab's
+                ``trustworthiness_score``) and ``explanation``.
+
+        Raises:
+            ValueError: If a row lacks its prompt or response.
         """
         self._running.load([dict(row) for row in rows])
 
@@ -185,50 +184,3 @@ class Sandbox:
         if self._server is None:
             raise RuntimeError("The Sandbox is not running: use `with Sandbox() as sandbox:`.")
         return self._server
-
-
-class _Child:
-    """A :class:`Server` in a child process: each call is a line there and a line back."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        # It ends when its standard input does, that is with this process.
-        self._child = subprocess.Popen(
-            [sys.executable, "-m", "tlm_tracing.testing"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            encoding="utf-8",
-        )
-
-    def __getattr__(self, name: str) -> Any:
-        def call(*args: Any) -> Any:
-            return self._call(name, args)
-
-        return call
-
-    def requests(self, side: str) -> list[RecordedRequest]:
-        return [
-            RecordedRequest(**{**found, "body": base64.b64decode(found["body"])})
-            for found in self._call("requests", (side,))
-        ]
-
-    def stop(self) -> None:
-        with self._child:
-            assert self._child.stdin is not None
-            self._child.stdin.close()
-            self._child.wait(10)
-
-    def _call(self, name: str, args: tuple[Any, ...]) -> Any:
-        assert self._child.stdin is not None
-        assert self._child.stdout is not None
-        with self._lock:
-            self._child.stdin.write(json.dumps([name, args]) + "\n")
-            self._child.stdin.flush()
-            line = self._child.stdout.readline()
-        if not line:
-            raise RuntimeError("The Sandbox's process has ended.")
-        reply = json.loads(line)
-        if "error" in reply:
-            raise ValueError(reply["error"])
-        return reply["value"]
