@@ -104,6 +104,17 @@ def scorer() -> FakeScorer:
 
 
 @pytest.fixture
+def helpers():
+    """Where ``parse`` and ``stream`` are: in ``beta`` until they came of age."""
+
+    def find(client):
+        completions = client.chat.completions
+        return completions if hasattr(completions, "parse") else client.beta.chat.completions
+
+    return find
+
+
+@pytest.fixture
 def traces(experiment: str):
     """Reads back what a user would read: the stored traces of this test, oldest first."""
 

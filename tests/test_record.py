@@ -124,11 +124,11 @@ def test_no_secret_and_no_sentinel_is_in_the_trace(trace):
     assert "Omit" not in text
 
 
-def test_structured_output_is_recorded_with_its_schema(trace):
+def test_structured_output_is_recorded_with_its_schema(trace, helpers):
     class City(pydantic.BaseModel):
         name: str
 
-    completion = OpenAI().chat.completions.parse(
+    completion = helpers(OpenAI()).parse(
         model="gpt-4o", messages=[{"role": "user", "content": "?"}], response_format=City
     )
     assert completion.choices[0].message.parsed == City(name="text")

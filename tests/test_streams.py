@@ -110,8 +110,8 @@ def test_a_stream_is_scored_before_the_block_round_it_closes(scorer):
     assert len(scorer.exchanges) == 1
 
 
-def test_the_stream_helper_is_recorded_and_scored(trace):
-    with OpenAI().chat.completions.stream(model="gpt-4o", messages=QUESTION) as stream:
+def test_the_stream_helper_is_recorded_and_scored(trace, helpers):
+    with helpers(OpenAI()).stream(model="gpt-4o", messages=QUESTION) as stream:
         kinds = {event.type for event in stream}
         completion = stream.get_final_completion()
     assert {"chunk", "content.delta", "content.done"} <= kinds
@@ -120,10 +120,10 @@ def test_the_stream_helper_is_recorded_and_scored(trace):
     assert content == completion.choices[0].message.content
 
 
-def test_the_async_stream_helper_is_recorded_and_scored(trace):
+def test_the_async_stream_helper_is_recorded_and_scored(trace, helpers):
     async def main():
         async with AsyncOpenAI() as client:
-            helper = client.chat.completions.stream(model="gpt-4o", messages=QUESTION)
+            helper = helpers(client).stream(model="gpt-4o", messages=QUESTION)
             async with helper as stream:
                 await stream.until_done()
             return tt.trust(stream)

@@ -8,8 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import mlflow
-from mlflow.entities import LiveSpan, SpanStatus, SpanStatusCode, SpanType
-from mlflow.tracing.constant import SpanAttributeKey, TokenUsageKey
+from mlflow.entities import LiveSpan, SpanStatus, SpanStatusCode
 from mlflow.tracing.provider import detach_span_from_context, set_span_in_context
 
 try:
@@ -21,6 +20,11 @@ from tlm_tracing._config import Config
 from tlm_tracing._data import Trust
 
 _NO_OP_TRACE_ID = "MLFLOW_NO_OP_SPAN_TRACE_ID"
+# As MLflow stores and shows them; not all of its versions name them all.
+_MESSAGE_FORMAT = "mlflow.message.format"
+_TOOLS = "mlflow.chat.tools"
+_USAGE = "mlflow.chat.tokenUsage"
+
 _REPLACED = "[not recorded: the mask failed]"
 
 Masked = Callable[[Any], Any]
@@ -53,14 +57,14 @@ class CallRecord:
         self._visible = _visible(config)
         model = str(request.get("model", ""))
         recorded = self._visible(dict(request))
-        self._parent = _start(f"{_VERB[operation]} {model}".strip(), SpanType.CHAIN, None, recorded)
-        self._llm = _start(f"openai.{operation}", SpanType.CHAT_MODEL, self._parent, recorded)
+        self._parent = _start(f"{_VERB[operation]} {model}".strip(), "CHAIN", None, recorded)
+        self._llm = _start(f"openai.{operation}", "CHAT_MODEL", self._parent, recorded)
         self._scoring: LiveSpan | None = None
         live = self._parent.trace_id != _NO_OP_TRACE_ID
         self.trace_id: str | None = self._parent.trace_id if live else None
         self.span_id: str | None = self._parent.span_id if live else None
         for span in (self._parent, self._llm):
-            span.set_attribute(SpanAttributeKey.MESSAGE_FORMAT, "openai")
+            span.set_attribute(_MESSAGE_FORMAT, "openai")
         self._llm.set_attributes(_request_attributes(request, provider))
 
     def answered(
@@ -100,7 +104,7 @@ class CallRecord:
     def scoring_started(self, prompt: str, response: str) -> None:
         """Open the scoring span with the texts as they are scored."""
         recorded = self._visible({"prompt": prompt, "response": response})
-        self._scoring = _start("tlm.trustworthiness", SpanType.EVALUATOR, self._parent, recorded)
+        self._scoring = _start("tlm.trustworthiness", "EVALUATOR", self._parent, recorded)
 
     def scored(self, trust: Trust, detail: str | None = None) -> None:
         """Close the scoring span.
@@ -181,7 +185,7 @@ class BlockRecord:
         self._visible = _visible(config)
         self._span = _start(
             name,
-            SpanType.CHAIN,
+            "CHAIN",
             None,
             None if inputs is None else self._visible(inputs),
         )
@@ -321,7 +325,7 @@ def _request_attributes(request: Mapping[str, Any], provider: str) -> dict[str, 
     if model := request.get("model"):
         attributes["mlflow.llm.model"] = model
     if tools := request.get("tools"):
-        attributes[SpanAttributeKey.CHAT_TOOLS] = tools
+        attributes[_TOOLS] = tools
     return attributes
 
 
@@ -330,7 +334,7 @@ def _answer_attributes(answer: Mapping[str, Any]) -> dict[str, Any]:
     choices = answer.get("choices") or []
     return {
         "mlflow.llm.model": answer.get("model"),
-        SpanAttributeKey.CHAT_USAGE: _usage(answer.get("usage")),
+        _USAGE: _usage(answer.get("usage")),
         "gen_ai.response.id": answer.get("id"),
         "gen_ai.response.model": answer.get("model"),
         "gen_ai.response.finish_reasons": [
@@ -347,9 +351,9 @@ def _usage(usage: Any) -> dict[str, int] | None:
         return None
     details = usage.get("prompt_tokens_details")
     counts = {
-        TokenUsageKey.INPUT_TOKENS: usage.get("prompt_tokens"),
-        TokenUsageKey.OUTPUT_TOKENS: usage.get("completion_tokens"),
-        TokenUsageKey.TOTAL_TOKENS: usage.get("total_tokens"),
+        "input_tokens": usage.get("prompt_tokens"),
+        "output_tokens": usage.get("completion_tokens"),
+        "total_tokens": usage.get("total_tokens"),
         "cache_read_input_tokens": details.get("cached_tokens")
         if isinstance(details, Mapping)
         else None,
