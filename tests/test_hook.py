@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import openai
+import pydantic
 import pytest
 
 import tlm_tracing as tt
@@ -277,6 +278,24 @@ def test_raw_responses_are_scored_and_stay_raw(sandbox, scorer, traces):
     assert list(stream)
     assert tt.trust(stream).score == 0.9
     traces(2)
+
+
+def test_a_raw_answer_that_the_caller_cannot_parse_is_recorded(sandbox, scorer, trace):
+    class City(pydantic.BaseModel):
+        name: str
+
+    client = tt.wrap_openai(openai.OpenAI(), scorer=scorer)
+    raw_completions = client.chat.completions.with_raw_response
+    if not hasattr(raw_completions, "parse"):
+        pytest.skip("this openai has no raw parse")
+    raw = raw_completions.parse(
+        model="sandbox:finish_reason=length", messages=QUESTION, response_format=City
+    )
+    with pytest.raises(openai.LengthFinishReasonError):
+        raw.parse()
+    found = trace()
+    assert found.info.tags["trust_status"] == "scored"
+    assert len(found.data.spans) == 3
 
 
 def test_importing_the_drop_in_patches_nothing():

@@ -261,8 +261,18 @@ def _completion(call: _pipeline.Call, result: Any) -> Any:
         ):
             _streams.listen_when_parsed(result.http_response, call)
             return None
-        return result.parse()
+        return _parsed(result)
+    call.unobserved()
     return None
+
+
+def _parsed(raw: Any) -> Any:
+    """The answer in a raw response: the very object that its caller gets by parsing it, too."""
+    try:
+        return raw.parse()
+    except Exception:
+        # A structured output that is cut short, say: the caller's to meet when they parse.
+        return openai.types.chat.ChatCompletion.construct(**raw.http_response.json())
 
 
 def _provider(client: Any) -> str:
