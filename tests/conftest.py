@@ -17,7 +17,7 @@ import openai
 import pytest
 
 import tlm_tracing as tt
-from tlm_tracing import _config, _hook, _limits, _pipeline, _scoring
+from tlm_tracing import _asking, _config, _hook, _limits, _scoring
 from tlm_tracing.testing import FakeScorer, Sandbox
 
 pytest_plugins = ["pytester"]
@@ -60,8 +60,8 @@ def clean_slate(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
         if name.startswith(("TLM_TRACING_", "CLEANLAB_", "OPENAI_")):
             monkeypatch.delenv(name)
     monkeypatch.chdir(tmp_path)
-    _pipeline._resolved.cache_clear()
-    _pipeline._warn_of_no_scorer.cache_clear()
+    _asking._resolved.cache_clear()
+    _asking._warn_of_no_scorer.cache_clear()
     _scoring._runtime.warned.clear()
     _scoring._runtime.budget = _limits.Budget()
     yield

@@ -10,9 +10,10 @@ import tlm_tracing
 PACKAGE = Path(tlm_tracing.__file__).parent
 FLOORS = [
     {"_data", "exceptions"},
-    {"_config", "_messages", "_streams", "_annotate", "_scope", "_limits", "report", "testing"},
+    {"_config", "_messages", "_streams", "_reducer", "_annotate", "_scope", "_limits"}
+    | {"_threads", "_visible", "report", "testing"},
     {"_record", "_scoring", "scorers"},
-    {"_pipeline"},
+    {"_asking", "_returned", "_pipeline"},
     {"_hook"},
     {"_span", "openai", "_demo"},
     {"cli", "__init__"},
@@ -20,7 +21,6 @@ FLOORS = [
 STEPS = {"_record", "_scoring", "scorers"}
 ROOMS = {
     "mlflow": {"_record", "_annotate", "_demo"},
-    "opentelemetry": {"_record"},
     "openai": {"_hook", "_streams", "openai", "_demo"},
     "cleanlab_tlm": {"scorers"},
     "aiohttp": {"scorers", "testing"},
@@ -29,7 +29,7 @@ ROOMS = {
     "pytest": {"testing"},
 }
 ENVIRONMENT_READERS = {"_config", "_demo", "testing"}
-THREAD_STARTERS = {"_scoring", "_pipeline", "testing"}
+THREAD_STARTERS = {"_threads", "testing"}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 

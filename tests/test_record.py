@@ -140,7 +140,8 @@ def test_structured_output_is_recorded_with_its_schema(trace, helpers):
 
 def test_content_can_be_kept_off_the_spans(trace):
     tt.configure(capture_content=False)
-    ask(temperature=0.5)
+    tool = {**TOOL, "function": {**TOOL["function"], "description": "The rivers of France."}}
+    ask(temperature=0.5, tools=[tool], tool_choice="none")
     found = trace()
     text = json.dumps([span.to_dict() for span in found.data.spans])
     assert "France" not in text
@@ -155,7 +156,8 @@ def test_a_mask_applies_to_whatever_is_recorded_and_not_to_what_is_sent(trace, s
         return json.loads(json.dumps(value).replace("France", "[country]"))
 
     tt.configure(mask=mask)
-    ask()
+    tool = {**TOOL, "function": {**TOOL["function"], "description": "The rivers of France."}}
+    ask(tools=[tool], tool_choice="none")
     text = json.dumps([span.to_dict() for span in trace().data.spans])
     assert "[country]" in text
     assert "France" not in text

@@ -9,7 +9,7 @@ import openai
 import pytest
 
 import tlm_tracing as tt
-from tlm_tracing._streams import reduce
+from tlm_tracing._reducer import reduce
 from tlm_tracing.openai import AsyncOpenAI, OpenAI
 
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]

@@ -9,7 +9,8 @@ if TYPE_CHECKING:
     from tlm_tracing._config import Config, configure
     from tlm_tracing._data import Trust
     from tlm_tracing._hook import autolog, wrap_openai
-    from tlm_tracing._pipeline import flush, trust
+    from tlm_tracing._pipeline import flush
+    from tlm_tracing._returned import trust
     from tlm_tracing._scope import suppress
     from tlm_tracing._scoring import Stats, stats
     from tlm_tracing._span import TrustedSpan, trusted, trusted_span
@@ -48,7 +49,7 @@ _HOMES = {
     "autolog": "_hook",
     "wrap_openai": "_hook",
     "flush": "_pipeline",
-    "trust": "_pipeline",
+    "trust": "_returned",
     "suppress": "_scope",
     "Stats": "_scoring",
     "stats": "_scoring",

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import math
 from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
-
-from tlm_tracing.exceptions import ScoringError
 
 Status: TypeAlias = Literal["scored", "pending", "unscored"]
 
@@ -146,37 +143,3 @@ class Scorer(Protocol):
 
     async def aclose(self) -> None:
         """Release what the scorer holds open."""
-
-
-def as_trust(result: Any) -> Trust:
-    """Read a scorer's result.
-
-    Args:
-        result: A number, a :class:`Trust`, or Cleanlab's dict.
-
-    Returns:
-        A scored trust with a finite score in [0, 1], or an unscored one as the scorer gave it.
-
-    Raises:
-        ScoringError: If there is no usable score in the result.
-    """
-    if isinstance(result, Trust):
-        if result.status == "unscored" and result.reason in REASONS:
-            return result
-        return replace(result, score=_checked(result.score), status="scored", reason=None)
-    if isinstance(result, Mapping):
-        log = result.get("log")
-        explanation = log.get("explanation") if isinstance(log, Mapping) else None
-        score = _checked(result.get("trustworthiness_score"))
-        return Trust(score=score, explanation=None if explanation is None else str(explanation))
-    return Trust(score=_checked(result))
-
-
-def _checked(value: Any) -> float:
-    try:
-        score = float(value)
-    except (TypeError, ValueError):
-        raise ScoringError(f"The scorer gave no number but {value!r:.100}.") from None
-    if not math.isfinite(score) or not 0.0 <= score <= 1.0:
-        raise ScoringError(f"The scorer gave {score!r}, which is not a score in [0, 1].")
-    return score

@@ -11,20 +11,19 @@ import contextlib
 import functools
 import inspect
 import logging
-import random
 import threading
 import time
-import weakref
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from tlm_tracing import _annotate, _record, _scope, _scoring, scorers
-from tlm_tracing._config import Config, cleanlab_api_key, cleanlab_base_url
-from tlm_tracing._data import Exchange, Scorer, Trust
-from tlm_tracing._messages import Unscorable, render
+from tlm_tracing import _annotate, _asking, _record, _scope, _scoring, _threads
+from tlm_tracing._config import Config
+from tlm_tracing._data import Trust
+from tlm_tracing._messages import Unscorable
+from tlm_tracing._returned import plain, remember
 from tlm_tracing._scoring import Verdict
 from tlm_tracing.exceptions import UntrustworthyResponseError
 
@@ -217,28 +216,12 @@ class Call:
 
     def _ask(self, completion: Any) -> Future[Verdict]:
         """Ask for the score; the verdict may be there at once."""
-        config = self._config
-        if config.mode == "off":
-            return _verdict(Trust.unscored("off"))
-        if config.scorer is None:
-            _warn_of_no_scorer()
-            return _verdict(Trust.unscored("no_scorer"))
-        if not _sampled(config, self.request):
-            return _verdict(Trust.unscored("sampled_out"))
         try:
-            if not isinstance(self.answer, Mapping):
-                raise Unscorable("unsupported_content")
-            prompt, response = render(self.request, self.answer)
-            prompt, response = _masked(config, prompt), _masked(config, response)
+            asked = _asking.exchange(self.request, completion, self.answer, self._config)
         except Unscorable as nothing:
             return _verdict(Trust.unscored(nothing.reason))
-        self._record.scoring_started(prompt, response)
-        exchange = Exchange(self.request, completion, prompt, response, config.timeout)
-        return _scoring.submit(
-            functools.partial(_scorer, config),
-            functools.partial(_ask, exchange),
-            config,
-        )
+        self._record.scoring_started(asked.prompt, asked.response)
+        return _asking.submit(asked, self._config)
 
     def _must_wait(self, completion: Any, asked: Future[Verdict]) -> bool:
         """Whether the caller waits for the verdict; if not, the call goes on without it."""
@@ -373,59 +356,6 @@ class _Decision:
     given: Any
 
 
-def plain(completion: Any) -> Any:
-    """A completion as plain data; None if it is not one, such as a body that was no JSON."""
-    if completion is None or isinstance(completion, (str, bytes)):
-        return completion
-    if isinstance(completion, Mapping):
-        return completion
-    dump = getattr(completion, "model_dump", None)
-    if dump is None:
-        return None
-    answer = dump(mode="json", exclude_unset=True, warnings=False)
-    answer.pop("tlm_metadata", None)
-    return answer
-
-
-def remember(obj: Any, call: Call) -> None:
-    """Let :func:`trust` find the call's trust by the object that its caller holds."""
-    if obj is None:
-        return
-    with contextlib.suppress(TypeError):
-        _calls[id(obj)] = (weakref.ref(obj, functools.partial(_forget, id(obj))), call)
-    trust = call.trust
-    if trust is not None and trust.score is not None and hasattr(obj, "choices"):
-        log = {} if trust.explanation is None else {"explanation": trust.explanation}
-        # Cleanlab's own convention, so that their helpers accept the object.
-        obj.tlm_metadata = {"trustworthiness_score": trust.score, "log": log}
-
-
-def trust(obj: Any) -> Trust | None:
-    """How far an answer can be trusted.
-
-    Args:
-        obj: A ``ChatCompletion`` as returned, a stream after its end, or a trace id.
-
-    Returns:
-        Its trust, pending in background mode until the score is in; None if nothing is known.
-    """
-    if isinstance(obj, str):
-        return _annotate.read_trust(obj)
-    found = _calls.get(id(obj))
-    if found is not None and found[0]() is obj:
-        return found[1].trust
-    raw = getattr(obj, "_raw_stream", None)
-    if raw is not None:
-        return trust(raw)
-    metadata = getattr(obj, "tlm_metadata", None)
-    if isinstance(metadata, Mapping):
-        return Trust(
-            score=metadata.get("trustworthiness_score"),
-            explanation=(metadata.get("log") or {}).get("explanation"),
-        )
-    return None
-
-
 def flush(timeout: float | None = None) -> bool:
     """Wait for pending scores, then for MLflow's export.
 
@@ -446,75 +376,11 @@ def flush(timeout: float | None = None) -> bool:
             _record.flush()
         exported.set()
 
-    threading.Thread(target=export, name="tlm-tracing-flush", daemon=True).start()
+    _threads.start("flush", export)
     return exported.wait(None if until is None else max(0.0, until - time.monotonic()))
-
-
-_calls: dict[int, tuple[weakref.ref[Any], Call]] = {}
-
-
-def _forget(key: int, _: weakref.ref[Any]) -> None:
-    _calls.pop(key, None)
-
-
-async def _ask(exchange: Exchange, scorer: Scorer) -> Any:
-    """Whatever the scorer itself calls is not the application's."""
-    with _record.silenced(), _scope.suppress():
-        return await scorer.score(exchange)
-
-
-def _scorer(config: Config) -> Scorer:
-    return _resolved(_Spec(config.scorer), cleanlab_api_key(), cleanlab_base_url())
-
-
-@functools.lru_cache(maxsize=64)
-def _resolved(spec: _Spec, api_key: str | None, base_url: str) -> Scorer:
-    """Once per setting: the key and the address are part of what "hosted" means."""
-    return scorers.resolve(spec.value)
-
-
-class _Spec:
-    """A ``scorer`` setting as a key: a name by its text, all else by identity."""
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
-        self._key = value if isinstance(value, str) else id(value)
-
-    def __hash__(self) -> int:
-        return hash(self._key)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Spec) and self._key == other._key
 
 
 def _verdict(trust: Trust) -> Future[Verdict]:
     verdict: Future[Verdict] = Future()
     verdict.set_result(Verdict(trust))
     return verdict
-
-
-def _sampled(config: Config, request: Mapping[str, Any]) -> bool:
-    rate = config.sample_rate
-    if callable(rate):
-        rate = rate(request)
-    return rate >= 1.0 or random.random() < rate
-
-
-def _masked(config: Config, text: str) -> str:
-    if config.mask_scorer is None:
-        return text
-    try:
-        return str(config.mask_scorer(text))
-    except Exception:
-        # What could not be masked must not leave.
-        raise Unscorable("scorer_error") from None
-
-
-@functools.lru_cache(maxsize=1)
-def _warn_of_no_scorer() -> None:
-    _logger.warning(
-        "Calls are recorded but not scored, because there is no scorer. Set CLEANLAB_TLM_API_KEY "
-        "(a key is to be had at https://tlm.cleanlab.ai), or give a scorer of your own: "
-        "tlm_tracing.configure(scorer=...) with a function (request, completion) -> score. "
-        'To record only, set mode="off".'
-    )

@@ -4,30 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import mlflow
 from mlflow.entities import LiveSpan, SpanStatus, SpanStatusCode
-from mlflow.tracing.provider import detach_span_from_context, set_span_in_context
-
-try:
-    from mlflow.tracing.provider import get_current_otel_span
-except ImportError:  # MLflow before it kept its context apart from OpenTelemetry's
-    from opentelemetry.trace import get_current_span as get_current_otel_span
+from mlflow.tracing.provider import (
+    detach_span_from_context,
+    get_current_otel_span,
+    set_span_in_context,
+)
 
 from tlm_tracing._config import Config
 from tlm_tracing._data import Trust
+from tlm_tracing._visible import visible
 
 _NO_OP_TRACE_ID = "MLFLOW_NO_OP_SPAN_TRACE_ID"
-# As MLflow stores and shows them; not all of its versions name them all.
+# As MLflow stores and shows them.
 _MESSAGE_FORMAT = "mlflow.message.format"
 _TOOLS = "mlflow.chat.tools"
 _USAGE = "mlflow.chat.tokenUsage"
-
-_REPLACED = "[not recorded: the mask failed]"
-
-Masked = Callable[[Any], Any]
 
 
 class CallRecord:
@@ -54,7 +50,7 @@ class CallRecord:
             provider: ``"openai"`` or ``"azure"``.
             config: The settings in force.
         """
-        self._visible = _visible(config)
+        self._visible = visible(config)
         model = str(request.get("model", ""))
         recorded = self._visible(dict(request))
         self._parent = _start(f"{_VERB[operation]} {model}".strip(), "CHAIN", None, recorded)
@@ -65,7 +61,7 @@ class CallRecord:
         self.span_id: str | None = self._parent.span_id if live else None
         for span in (self._parent, self._llm):
             span.set_attribute(_MESSAGE_FORMAT, "openai")
-        self._llm.set_attributes(_request_attributes(request, provider))
+        self._llm.set_attributes(_request_attributes(model, provider, recorded))
 
     def answered(
         self,
@@ -182,7 +178,7 @@ class BlockRecord:
     """The span of a trusted function call or block."""
 
     def __init__(self, name: str, inputs: Any, config: Config) -> None:
-        self._visible = _visible(config)
+        self._visible = visible(config)
         self._span = _start(
             name,
             "CHAIN",
@@ -219,12 +215,7 @@ class BlockRecord:
 @contextlib.contextmanager
 def silenced() -> Iterator[None]:
     """MLflow's own tracing is off inside: a scorer's calls are not the application's."""
-    block: contextlib.AbstractContextManager[None]
-    try:
-        block = mlflow.tracing.context(enabled=False)
-    except (AttributeError, TypeError):  # MLflow before it had the switch
-        block = contextlib.nullcontext()
-    with block:
+    with mlflow.tracing.context(enabled=False):
         yield
 
 
@@ -252,9 +243,7 @@ def _activate(span: LiveSpan) -> Any:
 
 def _deactivate(token: Any) -> None:
     if token is not None:
-        # Older MLflow raises when the context is another one by now, newer ignores it.
-        with contextlib.suppress(ValueError):
-            detach_span_from_context(token)
+        detach_span_from_context(token)
 
 
 def _active_span_has_ended() -> bool:
@@ -262,69 +251,12 @@ def _active_span_has_ended() -> bool:
     return getattr(get_current_otel_span(), "end_time", None) is not None
 
 
-def _visible(config: Config) -> Masked:
-    """How a value looks on a span under these settings."""
-    if not config.capture_content:
-        return _shape
-    if (mask := config.mask) is None:
-        return _storable
-
-    def masked(value: Any) -> Any:
-        try:
-            return _storable(mask(value))
-        except Exception:
-            # A broken mask must not let through what it was meant to hide.
-            return _REPLACED
-
-    return masked
-
-
-def _storable(value: Any) -> Any:
-    """The same, with texts that a store can encode: half a surrogate pair costs the trace."""
-    if isinstance(value, str):
-        return value if value.isascii() else value.encode("utf-8", "replace").decode("utf-8")
-    if isinstance(value, Mapping):
-        return {key: _storable(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_storable(item) for item in value]
-    return value
-
-
-def _shape(value: Any) -> Any:
-    """What is left of a value when content is not recorded: structure, numbers and lengths."""
-    if isinstance(value, Mapping):
-        return {
-            key: item if key in _SHAPE_WORDS and isinstance(item, str) else _shape(item)
-            for key, item in value.items()
-        }
-    if isinstance(value, (list, tuple)):
-        return [_shape(item) for item in value]
-    if value is None or isinstance(value, (bool, int, float)):
-        return value
-    if isinstance(value, str):
-        return f"[{len(value)} characters]"
-    return f"[{type(value).__name__}]"
-
-
-_SHAPE_WORDS = frozenset(
-    {
-        "role",
-        "type",
-        "model",
-        "object",
-        "finish_reason",
-        "status",
-        "reason",
-        "service_tier",
-    }
-)
-
-
-def _request_attributes(request: Mapping[str, Any], provider: str) -> dict[str, Any]:
+def _request_attributes(model: str, provider: str, recorded: Any) -> dict[str, Any]:
     attributes: dict[str, Any] = {"mlflow.llm.provider": provider}
-    if model := request.get("model"):
+    if model:
         attributes["mlflow.llm.model"] = model
-    if tools := request.get("tools"):
+    # From the request as it may be seen: a tool's description is content, too.
+    if isinstance(recorded, Mapping) and (tools := recorded.get("tools")):
         attributes[_TOOLS] = tools
     return attributes
 

@@ -9,26 +9,26 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
+import math
 import os
-import queue
 import threading
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Awaitable, Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Awaitable, Callable, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+from tlm_tracing import _threads
 from tlm_tracing._config import Config
-from tlm_tracing._data import Scorer, Trust, as_trust
+from tlm_tracing._data import REASONS, Scorer, Trust
 from tlm_tracing._limits import Breaker, Budget, Gate
 from tlm_tracing.exceptions import ScoringError
 
 _logger = logging.getLogger("tlm_tracing")
 
-_RETRY_EVERY = 0.25
-_KEEP_TRYING = 60.0
 _EXIT_GRACE = 5.0
 _LAST_WORDS = 2.0
 _MOST_SCORERS = 256
@@ -65,7 +65,7 @@ class Stats:
 
 
 class _Runtime:
-    """The threads, the loop and the counters of one process."""
+    """The loop, the limits and the counters of one process."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
@@ -79,28 +79,20 @@ class _Runtime:
         self.dropped = 0
         self.seconds = 0.0
         self.unscored: Counter[str] = Counter()
-        self.chores: queue.SimpleQueue[_Chore] = queue.SimpleQueue()
+        self.chores = _threads.Chores(self._drop)
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._chore_thread: threading.Thread | None = None
 
     @property
     def loop(self) -> asyncio.AbstractEventLoop:
         """The scoring loop, started on first use."""
         with self.lock:
             if self._loop is None:
-                self._loop = asyncio.new_event_loop()
+                self._loop = _threads.start_loop()
                 self.ending = self._loop.create_future()
-                _start_thread(_run_loop, self._loop)
                 # Not atexit: MLflow's own flush at exit must come after the last score, and
                 # threads that are no daemons are waited for before that.
-                _start_thread(_see_out, self, daemon=False)
+                _threads.start("exit", functools.partial(_see_out, self), daemon=False)
             return self._loop
-
-    def start_chores(self) -> None:
-        """Start the thread that does what must not be done on the caller's or the loop's."""
-        with self.lock:
-            if self._chore_thread is None:
-                self._chore_thread = _start_thread(_do_chores, self.chores)
 
     def breaker(self, scorer: Scorer) -> Breaker:
         """The scorer's own breaker; runs on the scoring loop."""
@@ -111,6 +103,7 @@ class _Runtime:
                 # opens anew.
                 _, (oldest, _) = self.breakers.popitem(last=False)
                 self._closing = asyncio.ensure_future(_close([oldest]))
+        self.breakers.move_to_end(id(scorer))
         return self.breakers[id(scorer)][1]
 
     def warn_once(self, key: str, message: str) -> None:
@@ -118,6 +111,12 @@ class _Runtime:
         if key not in self.warned:
             self.warned.add(key)
             _logger.warning(message)
+
+    def _drop(self, error: Exception | None) -> None:
+        with self.lock:
+            self.dropped += 1
+        why = "the store has no such trace" if error is None else str(error)
+        self.warn_once("dropped", f"A score could not be written: {why}.")
 
     def give_up(self) -> None:
         """Wait for no score any more: what is pending is unscored."""
@@ -143,9 +142,10 @@ def submit(find: Find, ask: Ask, config: Config) -> Future[Verdict]:
         A future that always gets a verdict and never an exception.
     """
     verdict: Future[Verdict] = Future()
+    loop = _runtime.loop
     with _runtime.lock:
         _runtime.pending += 1
-    asyncio.run_coroutine_threadsafe(_settle(find, ask, config, verdict), _runtime.loop)
+    asyncio.run_coroutine_threadsafe(_settle(find, ask, config, verdict), loop)
     return verdict
 
 
@@ -180,8 +180,7 @@ def later(chore: Callable[[], bool]) -> None:
         chore: Gives False if it could not be done yet. Dropped, counted and logged after
             60 seconds.
     """
-    _runtime.chores.put(_Chore(chore, time.monotonic() + _KEEP_TRYING))
-    _runtime.start_chores()
+    _runtime.chores.add(chore)
 
 
 def drain(timeout: float | None) -> bool:
@@ -194,15 +193,7 @@ def drain(timeout: float | None) -> bool:
     with _runtime.settled:
         if not _runtime.settled.wait_for(lambda: _runtime.pending == 0, timeout):
             return False
-    done = threading.Event()
-
-    def reached() -> bool:
-        done.set()
-        return True
-
-    _runtime.chores.put(_Chore(reached, float("inf"), last=True))
-    _runtime.start_chores()
-    return done.wait(None if until is None else max(0.0, until - time.monotonic()))
+    return _runtime.chores.wait(None if until is None else max(0.0, until - time.monotonic()))
 
 
 async def _settle(find: Find, ask: Ask, config: Config, verdict: Future[Verdict]) -> None:
@@ -312,70 +303,38 @@ def _unavailable(scorer: Scorer) -> Verdict:
     )
 
 
-class _Chore(NamedTuple):
-    """Something to be done until it succeeds, or until it is too late."""
+def as_trust(result: Any) -> Trust:
+    """Read a scorer's result.
 
-    do: Callable[[], bool]
-    until: float
-    last: bool = False
+    Args:
+        result: A number, a :class:`Trust`, or Cleanlab's dict.
 
+    Returns:
+        A scored trust with a finite score in [0, 1], or an unscored one as the scorer gave it.
 
-def _do_chores(chores: queue.SimpleQueue[_Chore]) -> None:
-    unfinished: list[_Chore] = []
-    while True:
-        try:
-            chore = chores.get(timeout=_RETRY_EVERY if unfinished else None)
-        except queue.Empty:
-            pass
-        else:
-            unfinished.append(chore)
-        unfinished = [chore for chore in unfinished if not _done(chore, alone=len(unfinished) == 1)]
-
-
-def _done(chore: _Chore, *, alone: bool) -> bool:
-    if chore.last and not alone:
-        return False
-    try:
-        if chore.do():
-            return True
-    except Exception:
-        _logger.warning("tlm_tracing could not write a score on its trace.", exc_info=True)
-    if time.monotonic() < chore.until:
-        return False
-    with _runtime.lock:
-        _runtime.dropped += 1
-    _runtime.warn_once("dropped", "A score could not be written: the store has no such trace.")
-    return True
-
-
-class _DaemonThreads(ThreadPoolExecutor):
-    """A daemon thread for each job of the loop, such as to look up an address.
-
-    A pool takes no job once the process is about to end, when the last scores are still being
-    asked for, and a job that hangs would hold up the exit.
+    Raises:
+        ScoringError: If there is no usable score in the result.
     """
-
-    def submit(self, function: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:
-        job: Future[Any] = Future()
-
-        def run() -> None:
-            if not job.set_running_or_notify_cancel():
-                return
-            try:
-                result = function(*args, **kwargs)
-            except BaseException as error:
-                job.set_exception(error)
-            else:
-                job.set_result(result)
-
-        threading.Thread(target=run, name="tlm-tracing-job", daemon=True).start()
-        return job
+    if isinstance(result, Trust):
+        if result.status == "unscored" and result.reason in REASONS:
+            return result
+        return replace(result, score=_checked(result.score), status="scored", reason=None)
+    if isinstance(result, Mapping):
+        log = result.get("log")
+        explanation = log.get("explanation") if isinstance(log, Mapping) else None
+        score = _checked(result.get("trustworthiness_score"))
+        return Trust(score=score, explanation=None if explanation is None else str(explanation))
+    return Trust(score=_checked(result))
 
 
-def _run_loop(loop: asyncio.AbstractEventLoop) -> None:
-    asyncio.set_event_loop(loop)
-    loop.set_default_executor(_DaemonThreads())
-    loop.run_forever()
+def _checked(value: Any) -> float:
+    try:
+        score = float(value)
+    except (TypeError, ValueError):
+        raise ScoringError(f"The scorer gave no number but {value!r:.100}.") from None
+    if not math.isfinite(score) or not 0.0 <= score <= 1.0:
+        raise ScoringError(f"The scorer gave {score!r}, which is not a score in [0, 1].")
+    return score
 
 
 async def _close(scorers_to_close: list[Scorer]) -> None:
@@ -391,15 +350,6 @@ def _see_out(runtime: _Runtime) -> None:
         runtime.give_up()
         drain(_LAST_WORDS)
     runtime.close_scorers()
-
-
-def _start_thread(
-    target: Callable[[Any], None], arg: Any, *, daemon: bool = True
-) -> threading.Thread:
-    name = "tlm-tracing" + target.__name__.replace("_", "-")
-    thread = threading.Thread(target=target, args=(arg,), name=name, daemon=daemon)
-    thread.start()
-    return thread
 
 
 def _after_fork() -> None:

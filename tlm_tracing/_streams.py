@@ -1,4 +1,4 @@
-"""A stream's life cycle, and the answer that its chunks add up to.
+"""A stream's life cycle.
 
 Chunks pass through untouched; per chunk nothing happens but keeping a reference. A stream ends
 exactly once for the record, however it ends: exhausted, failed, closed, or dropped.
@@ -11,14 +11,13 @@ import functools
 import threading
 import time
 import weakref
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator
 from typing import Any, Protocol
 
 from openai import AsyncStream, Stream
 from openai.types.chat import ChatCompletion
 
-_JOINED = frozenset({"content", "refusal", "reasoning_content", "reasoning", "arguments", "input"})
-_AUDIO = frozenset({"data", "transcript"})
+from tlm_tracing._reducer import reduce
 
 
 class Heard:
@@ -151,7 +150,18 @@ def traced(stream_cls: Any) -> Any:
         stream_cls: ``Stream[ChatCompletionChunk]``, its async twin, or a subclass.
     """
     is_async = issubclass(getattr(stream_cls, "__origin__", stream_cls), AsyncStream)
-    return _traced_async(stream_cls) if is_async else _traced_sync(stream_cls)
+    hear: Any = _aheard if is_async else _heard
+
+    class Traced(stream_cls):  # type: ignore[misc]
+        def __init__(self, **kwargs: Any) -> None:
+            super().__init__(**kwargs)
+            _made(self, stream_cls)
+
+        def __stream__(self) -> Any:
+            self._tlm_inner = super().__stream__()
+            return hear(self, self._tlm_inner)
+
+    return Traced
 
 
 def listen_when_parsed(response: Any, listener: Listener) -> None:
@@ -165,32 +175,6 @@ def _made(stream: Any, stream_cls: Any) -> None:
     listener = stream.response.__dict__.pop("_tlm_listener", None)
     if listener is not None:
         listen(stream, listener)
-
-
-def _traced_sync(stream_cls: Any) -> Any:
-    class Traced(stream_cls):  # type: ignore[misc]
-        def __init__(self, **kwargs: Any) -> None:
-            super().__init__(**kwargs)
-            _made(self, stream_cls)
-
-        def __stream__(self) -> Iterator[Any]:
-            self._tlm_inner = super().__stream__()
-            return _heard(self, self._tlm_inner)
-
-    return Traced
-
-
-def _traced_async(stream_cls: Any) -> Any:
-    class Traced(stream_cls):  # type: ignore[misc]
-        def __init__(self, **kwargs: Any) -> None:
-            super().__init__(**kwargs)
-            _made(self, stream_cls)
-
-        def __stream__(self) -> AsyncIterator[Any]:
-            self._tlm_inner = super().__stream__()
-            return _aheard(self, self._tlm_inner)
-
-    return Traced
 
 
 def _heard(stream: Any, inner: Iterator[Any]) -> Iterator[Any]:
@@ -266,104 +250,3 @@ def _tell_aclose(response: Any, watch: _Watch, inner: Any) -> None:
                 watch.left("abandoned")
 
     response.aclose = aclose
-
-
-def reduce(chunks: Iterable[Any]) -> dict[str, Any]:
-    """Put a chat completion together from its chunks.
-
-    OpenAI's own ``ChatCompletionStreamState`` raises on ``finish_reason="length"`` and on
-    several orders of chunks that servers do send.
-
-    Args:
-        chunks: ``ChatCompletionChunk`` objects, or the same as plain data.
-
-    Returns:
-        The completion as plain data, ``choices`` in the order of their indexes.
-    """
-    answer: dict[str, Any] = {}
-    choices: dict[int, dict[str, Any]] = {}
-    for chunk in chunks:
-        data = chunk if isinstance(chunk, Mapping) else _dump(chunk)
-        for choice in data.get("choices") or []:
-            _add_choice(choices, choice)
-        answer.update(
-            (key, value)
-            for key, value in data.items()
-            if key not in ("choices", "object") and value is not None
-        )
-    answer["object"] = "chat.completion"
-    answer["choices"] = [_finished(choices[index]) for index in sorted(choices)]
-    return answer
-
-
-def _dump(chunk: Any) -> dict[str, Any]:
-    data: dict[str, Any] = chunk.model_dump(mode="json", exclude_unset=True, warnings=False)
-    return data
-
-
-def _add_choice(choices: dict[int, dict[str, Any]], new: Mapping[str, Any]) -> None:
-    index = new.get("index") or 0
-    choice = choices.setdefault(
-        index, {"index": index, "message": {}, "logprobs": None, "finish_reason": None}
-    )
-    for key, value in new.items():
-        if value is None or key == "index":
-            continue
-        if key == "delta":
-            _add_delta(choice["message"], value)
-        elif key == "logprobs":
-            choice["logprobs"] = _add(choice["logprobs"], value)
-        else:
-            choice[key] = value
-
-
-def _add_delta(message: dict[str, Any], delta: Mapping[str, Any]) -> None:
-    for key, value in delta.items():
-        if value is None:
-            continue
-        if key == "tool_calls":
-            calls = message.setdefault("tool_calls", {})
-            for call in value:
-                _add_tool_call(calls, call)
-        elif key == "audio":
-            message[key] = _add(message.get(key), value, joined=_AUDIO)
-        else:
-            message[key] = _add(message.get(key), value, joined=_JOINED, key=key)
-
-
-def _add_tool_call(calls: dict[int, dict[str, Any]], new: Mapping[str, Any]) -> None:
-    """Servers that leave the index out begin a call with its id."""
-    index = new.get("index")
-    if index is None:
-        index = len(calls) if new.get("id") or not calls else max(calls)
-    call = calls.setdefault(index, {})
-    for key, value in new.items():
-        if value and key != "index":
-            call[key] = _add(call.get(key), value, joined=_JOINED, key=key)
-
-
-def _add(
-    old: Any, new: Any, *, joined: frozenset[str] = frozenset(), key: str | None = None
-) -> Any:
-    """Texts that come in pieces are joined, lists grow, and of all else the last word counts."""
-    if isinstance(new, Mapping):
-        merged = dict(old) if isinstance(old, Mapping) else {}
-        for name, value in new.items():
-            if value is not None:
-                merged[name] = _add(merged.get(name), value, joined=joined, key=name)
-        return merged
-    if isinstance(new, list):
-        return [*old, *new] if isinstance(old, list) else list(new)
-    if isinstance(new, str) and isinstance(old, str) and key in joined:
-        return old + new
-    return new
-
-
-def _finished(choice: dict[str, Any]) -> dict[str, Any]:
-    message = choice["message"]
-    calls = message.get("tool_calls")
-    if calls is not None:
-        message["tool_calls"] = [calls[index] for index in sorted(calls)]
-    message.setdefault("role", "assistant")
-    message.setdefault("content", None)
-    return choice

@@ -1,0 +1,110 @@
+"""The answer that a stream's chunks add up to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+_JOINED = frozenset({"content", "refusal", "reasoning_content", "reasoning", "arguments", "input"})
+_AUDIO = frozenset({"data", "transcript"})
+
+
+def reduce(chunks: Iterable[Any]) -> dict[str, Any]:
+    """Put a chat completion together from its chunks.
+
+    OpenAI's own ``ChatCompletionStreamState`` raises on ``finish_reason="length"`` and on
+    several orders of chunks that servers do send.
+
+    Args:
+        chunks: ``ChatCompletionChunk`` objects, or the same as plain data.
+
+    Returns:
+        The completion as plain data, ``choices`` in the order of their indexes.
+    """
+    answer: dict[str, Any] = {}
+    choices: dict[int, dict[str, Any]] = {}
+    for chunk in chunks:
+        data = chunk if isinstance(chunk, Mapping) else _dump(chunk)
+        for choice in data.get("choices") or []:
+            _add_choice(choices, choice)
+        answer.update(
+            (key, value)
+            for key, value in data.items()
+            if key not in ("choices", "object") and value is not None
+        )
+    answer["object"] = "chat.completion"
+    answer["choices"] = [_finished(choices[index]) for index in sorted(choices)]
+    return answer
+
+
+def _dump(chunk: Any) -> dict[str, Any]:
+    data: dict[str, Any] = chunk.model_dump(mode="json", exclude_unset=True, warnings=False)
+    return data
+
+
+def _add_choice(choices: dict[int, dict[str, Any]], new: Mapping[str, Any]) -> None:
+    index = new.get("index") or 0
+    choice = choices.setdefault(
+        index, {"index": index, "message": {}, "logprobs": None, "finish_reason": None}
+    )
+    for key, value in new.items():
+        if value is None or key == "index":
+            continue
+        if key == "delta":
+            _add_delta(choice["message"], value)
+        elif key == "logprobs":
+            choice["logprobs"] = _add(choice["logprobs"], value)
+        else:
+            choice[key] = value
+
+
+def _add_delta(message: dict[str, Any], delta: Mapping[str, Any]) -> None:
+    for key, value in delta.items():
+        if value is None:
+            continue
+        if key == "tool_calls":
+            calls = message.setdefault("tool_calls", {})
+            for call in value:
+                _add_tool_call(calls, call)
+        elif key == "audio":
+            message[key] = _add(message.get(key), value, joined=_AUDIO)
+        else:
+            message[key] = _add(message.get(key), value, joined=_JOINED, key=key)
+
+
+def _add_tool_call(calls: dict[int, dict[str, Any]], new: Mapping[str, Any]) -> None:
+    """Servers that leave the index out begin a call with its id."""
+    index = new.get("index")
+    if index is None:
+        index = len(calls) if new.get("id") or not calls else max(calls)
+    call = calls.setdefault(index, {})
+    for key, value in new.items():
+        if value and key != "index":
+            call[key] = _add(call.get(key), value, joined=_JOINED, key=key)
+
+
+def _add(
+    old: Any, new: Any, *, joined: frozenset[str] = frozenset(), key: str | None = None
+) -> Any:
+    """Texts that come in pieces are joined, lists grow, and of all else the last word counts."""
+    if isinstance(new, Mapping):
+        merged = dict(old) if isinstance(old, Mapping) else {}
+        for name, value in new.items():
+            if value is not None:
+                merged[name] = _add(merged.get(name), value, joined=joined, key=name)
+        return merged
+    if isinstance(new, list):
+        return [*old, *new] if isinstance(old, list) else list(new)
+    if isinstance(new, str) and isinstance(old, str) and key in joined:
+        return old + new
+    return new
+
+
+def _finished(choice: dict[str, Any]) -> dict[str, Any]:
+    message = choice["message"]
+    calls = message.get("tool_calls")
+    if calls is not None:
+        message["tool_calls"] = [calls[index] for index in sorted(calls)]
+    message.setdefault("role", "assistant")
+    message.setdefault("content", None)
+    return choice
