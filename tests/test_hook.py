@@ -17,8 +17,8 @@ QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 SHAPE = ["chat gpt-4o", "openai.chat.completions", "tlm.trustworthiness"]
 
 
-def ask(client, **options):
-    return client.chat.completions.create(model="gpt-4o", messages=QUESTION, **options)
+def ask(client, model="gpt-4o", **options):
+    return client.chat.completions.create(model=model, messages=QUESTION, **options)
 
 
 def names(trace):
@@ -195,17 +195,32 @@ def test_other_requests_are_left_alone(sandbox, scorer, traces):
     traces(0)
 
 
-def test_an_error_reaches_the_caller_as_openai_raised_it(sandbox, scorer, trace):
-    client = openai.OpenAI(max_retries=0)
+def failing(client, model):
+    """The exception that a call ends in, sync or async."""
 
-    def failure():
-        with pytest.raises(openai.RateLimitError) as caught:
-            client.chat.completions.create(model="sandbox:status=429", messages=QUESTION)
-        return caught.value
+    async def call():
+        asked = ask(client, model=model, timeout=0.5)
+        return await asked if inspect.isawaitable(asked) else asked
 
-    bare = failure()
-    tt.wrap_openai(client, scorer=scorer)
-    ours = failure()
+    with pytest.raises(openai.OpenAIError) as caught:
+        asyncio.run(call())
+    return caught.value
+
+
+@pytest.mark.parametrize("base", [openai.OpenAI, openai.AsyncOpenAI])
+@pytest.mark.parametrize(
+    "fault",
+    ["status=400", "status=401", "status=429", "status=503", "disconnect=0", "hang", "down"],
+)
+def test_when_openai_fails_the_caller_meets_what_the_bare_client_raises(
+    fault, base, sandbox, scorer, trace
+):
+    model = f"sandbox:{fault}"
+    if fault == "down":
+        sandbox.stop_side("openai")
+        model = "gpt-4o"
+    bare = failing(base(max_retries=0), model)
+    ours = failing(tt.wrap_openai(base(max_retries=0), scorer=scorer), model)
     assert (type(ours), str(ours), ours.body) == (type(bare), str(bare), bare.body)
     assert type(ours.__cause__) is type(bare.__cause__)
     found = trace()
