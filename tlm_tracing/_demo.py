@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -97,6 +99,15 @@ def run(*, live: bool = False, tracking_uri: str | None = None) -> list[Line]:
         soft_wrap=True,
     )
     return lines
+
+
+def _mlflow() -> str:
+    """MLflow's command as this shell finds it: its environment may not be activated."""
+    beside = Path(sys.executable).with_name("mlflow")
+    if not beside.exists() or shutil.which("mlflow") == str(beside):
+        return "mlflow"
+    here = Path.cwd()
+    return str(beside.relative_to(here) if beside.is_relative_to(here) else beside)
 
 
 def _ask_all(console: Console) -> list[str]:
