@@ -29,7 +29,11 @@ import tlm_tracing as tt
 from tlm_tracing.testing import Sandbox
 
 BATCH = 250
-SPANS = {"chat gpt-4o", "openai.chat.completions", "tlm.trustworthiness"}
+NESTING = {
+    "chat gpt-4o": None,
+    "openai.chat.completions": "chat gpt-4o",
+    "tlm.trustworthiness": "chat gpt-4o",
+}
 
 
 def replay(rows: list[dict[str, Any]], workers: int) -> None:
@@ -66,13 +70,19 @@ def check(rows: Iterable[Mapping[str, Any]], experiment_id: str) -> Counter[str]
         }
     )
     for trace in traces:
-        if {span.name for span in trace.data.spans} != SPANS:
+        if _nesting(trace.data.spans) != NESTING:
             found["without their three spans"] += 1
             continue
         question = trace.data.spans[0].inputs["messages"][-1]["content"]
         found["missing"] -= 1
         found["crossed"] += trace.info.tags.get("trust_score") != wanted[question]
     return found
+
+
+def _nesting(spans: list[mlflow.entities.Span]) -> dict[str, str | None]:
+    """The name of each span's parent."""
+    names = {span.span_id: span.name for span in spans}
+    return {span.name: names.get(span.parent_id) for span in spans}
 
 
 def main() -> None:
