@@ -190,6 +190,20 @@ def test_a_stream_that_is_left_is_recorded_with_what_had_come(leave, trace, scor
     assert not scorer.exchanges
 
 
+@pytest.mark.parametrize("parsed", [False, True])
+def test_a_raw_stream_that_nobody_reads_is_recorded(parsed, trace):
+    def use():
+        raw = OpenAI().chat.completions.with_raw_response.create(
+            model="gpt-4o", messages=QUESTION, stream=True
+        )
+        if parsed:
+            raw.parse()
+
+    use()
+    gc.collect()
+    assert llm_span(trace()).attributes["stream.outcome"] == "abandoned"
+
+
 def test_an_async_stream_that_is_closed_is_recorded(trace):
     async def main():
         async with AsyncOpenAI() as client:

@@ -81,7 +81,7 @@ class _Watch:
 
     def __init__(self, listener: Listener) -> None:
         self.heard = Heard()
-        self._listener = listener
+        self.listener = listener
         self._ended = False
         self._lock = threading.Lock()
 
@@ -93,7 +93,7 @@ class _Watch:
         elsewhere: bool = False,
     ) -> None:
         if self._is_first():
-            self._listener.stream_left(self.heard, outcome, error, elsewhere=elsewhere)
+            self.listener.stream_left(self.heard, outcome, error, elsewhere=elsewhere)
 
     def interrupted(self, error: BaseException) -> None:
         stopped = isinstance(error, (asyncio.CancelledError, KeyboardInterrupt, SystemExit))
@@ -104,11 +104,11 @@ class _Watch:
 
     def exhausted(self) -> None:
         if self._is_first():
-            self._listener.stream_ended(self.heard)
+            self.listener.stream_ended(self.heard)
 
     async def aexhausted(self) -> None:
         if self._is_first():
-            await self._listener.astream_ended(self.heard)
+            await self.listener.astream_ended(self.heard)
 
     def _is_first(self) -> bool:
         # A collector's finalizer may interrupt the holder of this lock in its own thread; it
@@ -129,15 +129,7 @@ def listen(stream: Stream[Any] | AsyncStream[Any], listener: Listener) -> None:
         stream: One that was made by a class from :func:`traced`.
         listener: Who is told.
     """
-    watch = _Watch(listener)
-    stream._tlm_watch = watch  # type: ignore[union-attr]
-    inner = stream._tlm_inner  # type: ignore[union-attr]
-    if isinstance(stream, AsyncStream):
-        _tell_aclose(stream.response, watch, inner)
-    else:
-        _tell_close(stream.response, watch, inner)
-    weakref.finalize(stream, watch.dropped).atexit = False
-    listener.stream_opened(stream)
+    _follow(stream, _watch(stream, listener))
 
 
 @functools.lru_cache(maxsize=32)
@@ -165,16 +157,30 @@ def traced(stream_cls: Any) -> Any:
 
 
 def listen_when_parsed(response: Any, listener: Listener) -> None:
-    """Have a listener told of the stream that will be made of a raw response."""
-    response._tlm_listener = listener
+    """Have a listener told of the stream that will be made of a raw response, if ever."""
+    response._tlm_watch = _watch(response, listener)
+
+
+def _watch(source: Any, listener: Listener) -> _Watch:
+    """A watch that hears of it when its source is dropped."""
+    watch = _Watch(listener)
+    weakref.finalize(source, watch.dropped).atexit = False
+    return watch
 
 
 def _made(stream: Any, stream_cls: Any) -> None:
     """A new stream takes the class that it would have without us."""
     stream.__class__ = getattr(stream_cls, "__origin__", stream_cls)
-    listener = stream.response.__dict__.pop("_tlm_listener", None)
-    if listener is not None:
-        listen(stream, listener)
+    watch = stream.response.__dict__.pop("_tlm_watch", None)
+    if watch is not None:
+        _follow(stream, watch)
+
+
+def _follow(stream: Any, watch: _Watch) -> None:
+    stream._tlm_watch = watch
+    tell = _tell_aclose if isinstance(stream, AsyncStream) else _tell_close
+    tell(stream.response, watch, stream._tlm_inner)
+    watch.listener.stream_opened(stream)
 
 
 def _heard(stream: Any, inner: Iterator[Any]) -> Iterator[Any]:
