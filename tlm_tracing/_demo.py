@@ -94,7 +94,7 @@ def run(*, live: bool = False, tracking_uri: str | None = None) -> list[Line]:
         )
     console.print(
         f'\nThe traces are in MLflow, experiment "{EXPERIMENT}". To see them run\n\n'
-        f'  mlflow ui --backend-store-uri "{store}"\n\n'
+        f'  {_mlflow()} ui --backend-store-uri "{store}"\n\n'
         "and open http://127.0.0.1:5000",
         soft_wrap=True,
     )

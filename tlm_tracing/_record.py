@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import mlflow
 from mlflow.entities import LiveSpan, SpanStatus, SpanStatusCode
 from mlflow.tracing.provider import (
+    _get_trace_exporter,
     detach_span_from_context,
     get_current_otel_span,
     set_span_in_context,
@@ -24,6 +26,8 @@ _NO_OP_TRACE_ID = "MLFLOW_NO_OP_SPAN_TRACE_ID"
 _MESSAGE_FORMAT = "mlflow.message.format"
 _TOOLS = "mlflow.chat.tools"
 _USAGE = "mlflow.chat.tokenUsage"
+# Python 3.12 alone refuses to start a thread from when its main thread has ended.
+_NO_THREADS_AT_EXIT = sys.version_info[:2] == (3, 12)
 
 
 class CallRecord:
@@ -229,12 +233,26 @@ _VERB = {"chat.completions": "chat"}
 
 def _start(name: str, kind: str, parent: LiveSpan | None, inputs: Any) -> LiveSpan:
     if parent is not None or not _active_span_has_ended():
-        return mlflow.start_span_no_context(name, span_type=kind, parent_span=parent, inputs=inputs)
+        span = mlflow.start_span_no_context(name, span_type=kind, parent_span=parent, inputs=inputs)
+        if _NO_THREADS_AT_EXIT:
+            _wake_exporter()
+        return span
     # The active span belongs to a block that is over, such as a task that outlived it:
     # a child of it would be lost with the trace that MLflow has already let go.
     context = contextvars.copy_context()
     context.run(set_span_in_context, mlflow.entities.NoOpSpan())  # type: ignore[no-untyped-call]
     return context.run(mlflow.start_span_no_context, name, span_type=kind, inputs=inputs)
+
+
+def _wake_exporter() -> None:
+    """Have MLflow's exporter start its threads while threads can be started.
+
+    It does so with its first export, which a short script reaches no sooner than at its end:
+    its traces would be lost.
+    """
+    queue = getattr(_get_trace_exporter(), "_async_queue", None)  # type: ignore[no-untyped-call]
+    if queue is not None and not hasattr(queue, "_consumer_thread"):
+        queue.activate()
 
 
 def _activate(span: LiveSpan) -> Any:

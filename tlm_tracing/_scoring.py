@@ -89,6 +89,7 @@ class _Runtime:
             if self._loop is None:
                 self._loop = _threads.start_loop()
                 self.ending = self._loop.create_future()
+                self.chores.start()
                 # Not atexit: MLflow's own flush at exit must come after the last score, and
                 # threads that are no daemons are waited for before that.
                 _threads.start("exit", functools.partial(_see_out, self), daemon=False)

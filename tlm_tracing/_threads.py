@@ -69,7 +69,8 @@ class Chores:
         Args:
             do: Gives False if it could not be done yet.
         """
-        self._put(_Chore(do, time.monotonic() + _KEEP_TRYING))
+        self._new.put(_Chore(do, time.monotonic() + _KEEP_TRYING))
+        self.start()
 
     def wait(self, timeout: float | None) -> bool:
         """Wait until all that was added is done or dropped.
@@ -77,12 +78,14 @@ class Chores:
         Args:
             timeout: Seconds to wait at most; None waits for as long as it takes.
         """
+        if self._thread is None:
+            return True
         reached = threading.Event()
-        self._put(reached)
+        self._new.put(reached)
         return reached.wait(timeout)
 
-    def _put(self, item: _Chore | threading.Event) -> None:
-        self._new.put(item)
+    def start(self) -> None:
+        """Start the thread, unless it runs. Once the process ends, it may be too late."""
         # A finalizer may have interrupted the holder of the lock, who then starts the thread.
         if self._starting.acquire(blocking=False):
             try:
@@ -148,5 +151,8 @@ class _DaemonThreads(ThreadPoolExecutor):
             else:
                 job.set_result(result)
 
-        start("job", run)
+        try:
+            start("job", run)
+        except RuntimeError:  # Python 3.12 starts no thread once the process is about to end
+            run()
         return job
