@@ -89,6 +89,29 @@ def test_a_score_that_comes_after_the_users_trace_has_ended(
     assert len(found.data.spans) == 4
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_no_span_is_lost_that_ends_after_the_users_trace(
+    stream, sandbox, traces, scorer, asynchronous_export
+):
+    scorer.hold()
+    tt.configure(scorer=scorer, mode="background")
+    streams = []
+    for _ in range(20):
+        with tt.trusted_span("block"):
+            streams.append(ask(openai.OpenAI(), stream=stream))
+        if stream:
+            list(streams[-1])
+    scorer.release()
+    for one in traces(20):
+        assert [span.name for span in one.data.spans] == [
+            "block",
+            "chat gpt-4o",
+            "openai.chat.completions",
+            "tlm.trustworthiness",
+        ]
+        assert one.info.tags["trust_score"] == "0.9000"
+
+
 def stored_trace():
     """A trace that is in the store, and no longer in memory."""
     with mlflow.start_span("stored") as span:

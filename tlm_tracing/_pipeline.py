@@ -277,8 +277,9 @@ class Call:
             _scoring.later(functools.partial(_annotate.annotate_stored, trust, **notes))
 
     def _close(self, answer: Any, action: str | None = None) -> None:
-        if self.trust is not None:
-            self._record.close(answer, self.trust, action)
+        rest = None if self.trust is None else self._record.close(answer, self.trust, action)
+        if rest is not None:
+            _scoring.later(rest)
 
     def _noted(self, completion: Any, verdict: Verdict) -> str | None:
         """Note the verdict; gives what the threshold asks for."""

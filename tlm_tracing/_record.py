@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import mlflow
-from mlflow.entities import LiveSpan, SpanStatus, SpanStatusCode
+from mlflow.entities import LiveSpan, Span, SpanStatus, SpanStatusCode
+from mlflow.tracing.client import TracingClient
 from mlflow.tracing.provider import (
     _get_trace_exporter,
     detach_span_from_context,
     get_current_otel_span,
     set_span_in_context,
 )
+from mlflow.tracing.trace_manager import InMemoryTraceManager
 
 from tlm_tracing._config import Config
 from tlm_tracing._data import Trust
@@ -30,13 +33,49 @@ _USAGE = "mlflow.chat.tokenUsage"
 _NO_THREADS_AT_EXIT = sys.version_info[:2] == (3, 12)
 
 
-class CallRecord:
-    """The spans of one call: its parent, the LLM request and the scoring of its answer.
+Rest = Callable[[], bool]
+"""Something left to do, elsewhere and again and again until it gives True."""
+
+
+class _Record:
+    """An open span, and what is recorded inside it.
 
     Attributes:
-        trace_id: The trace that holds them; None when MLflow records nothing here.
-        span_id: Id of the call's parent span.
+        trace_id: The trace that holds it; None when MLflow records nothing here.
+        span_id: Its id.
     """
+
+    def __init__(self, name: str, inputs: Any, config: Config) -> None:
+        self._visible = visible(config)
+        self._span = _start(name, "CHAIN", None, None if inputs is None else self._visible(inputs))
+        live = self._span.trace_id != _NO_OP_TRACE_ID
+        self.trace_id: str | None = self._span.trace_id if live else None
+        self.span_id: str | None = self._span.span_id if live else None
+        with _in_memory(self._span.trace_id) as trace:
+            self._experiment_id = None if trace is None else trace.info.experiment_id
+
+    def activate(self) -> Any:
+        """Make this MLflow's active span in the current context; gives the way back."""
+        return None if self.trace_id is None else set_span_in_context(self._span)
+
+    def deactivate(self, token: Any) -> None:
+        """Undo :meth:`activate`."""
+        if token is not None:
+            detach_span_from_context(token)
+
+    def _end(self, *inner: LiveSpan | None) -> Rest | None:
+        """End the span; gives what remains to be done when its trace ended before it."""
+        self._span.end()
+        # MLflow holds such a trace while a span is open, but lets go of it with the first batch
+        # that it exports then, and loses the spans that have ended and are not in a batch yet.
+        if self._experiment_id is None or not _root_has_ended(self._span):
+            return None
+        spans = [span.to_immutable_span() for span in (self._span, *inner) if span is not None]
+        return functools.partial(_store, self._experiment_id, spans)
+
+
+class CallRecord(_Record):
+    """The spans of one call: its parent, the LLM request and the scoring of its answer."""
 
     def __init__(
         self,
@@ -54,16 +93,12 @@ class CallRecord:
             provider: ``"openai"`` or ``"azure"``.
             config: The settings in force.
         """
-        self._visible = visible(config)
         model = str(request.get("model", ""))
+        super().__init__(f"{_VERB[operation]} {model}".strip(), dict(request), config)
         recorded = self._visible(dict(request))
-        self._parent = _start(f"{_VERB[operation]} {model}".strip(), "CHAIN", None, recorded)
-        self._llm = _start(f"openai.{operation}", "CHAT_MODEL", self._parent, recorded)
+        self._llm = _start(f"openai.{operation}", "CHAT_MODEL", self._span, recorded)
         self._scoring: LiveSpan | None = None
-        live = self._parent.trace_id != _NO_OP_TRACE_ID
-        self.trace_id: str | None = self._parent.trace_id if live else None
-        self.span_id: str | None = self._parent.span_id if live else None
-        for span in (self._parent, self._llm):
+        for span in (self._span, self._llm):
             span.set_attribute(_MESSAGE_FORMAT, "openai")
         self._llm.set_attributes(_request_attributes(model, provider, recorded))
 
@@ -99,12 +134,12 @@ class CallRecord:
         self._note_answer(answer, None, first_token, outcome)
         _mark_failed(self._llm, error)
         self._llm.end()
-        _set_error(self._parent, _named(error))
+        _set_error(self._span, _named(error))
 
     def scoring_started(self, prompt: str, response: str) -> None:
         """Open the scoring span with the texts as they are scored."""
         recorded = self._visible({"prompt": prompt, "response": response})
-        self._scoring = _start("tlm.trustworthiness", "EVALUATOR", self._parent, recorded)
+        self._scoring = _start("tlm.trustworthiness", "EVALUATOR", self._span, recorded)
 
     def scored(self, trust: Trust, detail: str | None = None) -> None:
         """Close the scoring span.
@@ -113,7 +148,7 @@ class CallRecord:
             trust: The settled trust.
             detail: What went wrong, when it is unscored.
         """
-        span, self._scoring = self._scoring, None
+        span = self._scoring
         if span is None:
             return
         outputs = {
@@ -130,32 +165,27 @@ class CallRecord:
             _set_error(span, detail or str(trust.reason))
         span.end()
 
-    def close(self, answer: Any, trust: Trust, action: str | None) -> None:
+    def close(self, answer: Any, trust: Trust, action: str | None) -> Rest | None:
         """Close the call's parent span.
 
         Args:
             answer: What the caller got, as plain data.
             trust: The settled trust.
             action: What the threshold did.
+
+        Returns:
+            What remains to be done on another thread, if anything.
         """
         if answer is not None:
-            self._parent.set_outputs(self._visible(answer))
-        self._parent.set_attributes(_trust_attributes(trust))
+            self._span.set_outputs(self._visible(answer))
+        self._span.set_attributes(_trust_attributes(trust))
         if action is not None:
-            self._parent.set_attribute("tlm.action", action)
-        self._parent.end()
-
-    def activate(self) -> Any:
-        """Make the call's parent span MLflow's active one in this context; gives the way back."""
-        return _activate(self._parent)
-
-    def deactivate(self, token: Any) -> None:
-        """Undo :meth:`activate`."""
-        _deactivate(token)
+            self._span.set_attribute("tlm.action", action)
+        return self._end(self._llm, self._scoring)
 
     def abandon(self) -> None:
         """End whatever is still open, so that no trace is held back for ever."""
-        for span in (self._scoring, self._llm, self._parent):
+        for span in (self._scoring, self._llm, self._span):
             if span is not None and span.end_time_ns is None:
                 with contextlib.suppress(Exception):
                     span.end()
@@ -178,28 +208,8 @@ class CallRecord:
         )
 
 
-class BlockRecord:
+class BlockRecord(_Record):
     """The span of a trusted function call or block."""
-
-    def __init__(self, name: str, inputs: Any, config: Config) -> None:
-        self._visible = visible(config)
-        self._span = _start(
-            name,
-            "CHAIN",
-            None,
-            None if inputs is None else self._visible(inputs),
-        )
-        self.trace_id: str | None = (
-            None if self._span.trace_id == _NO_OP_TRACE_ID else self._span.trace_id
-        )
-
-    def activate(self) -> Any:
-        """Make this MLflow's active span in the current context; gives the way back."""
-        return _activate(self._span)
-
-    def deactivate(self, token: Any) -> None:
-        """Undo :meth:`activate`."""
-        _deactivate(token)
 
     def inputs(self, value: Any) -> None:
         """Record what went in."""
@@ -209,11 +219,15 @@ class BlockRecord:
         """Record what came out."""
         self._span.set_outputs(self._visible(value))
 
-    def close(self, error: BaseException | None) -> None:
-        """End the span, as failed if there is an error."""
+    def close(self, error: BaseException | None) -> Rest | None:
+        """End the span, as failed if there is an error.
+
+        Returns:
+            What remains to be done on another thread, if anything.
+        """
         if error is not None:
             _mark_failed(self._span, error)
-        self._span.end()
+        return self._end()
 
 
 @contextlib.contextmanager
@@ -255,13 +269,26 @@ def _wake_exporter() -> None:
         queue.activate()
 
 
-def _activate(span: LiveSpan) -> Any:
-    return None if span.trace_id == _NO_OP_TRACE_ID else set_span_in_context(span)
+def _root_has_ended(span: LiveSpan) -> bool:
+    if span.parent_id is None:
+        return False
+    with _in_memory(span.trace_id) as trace:
+        if trace is None:
+            return True
+        root = trace.get_root_span()
+        return root is not None and root.end_time_ns is not None
 
 
-def _deactivate(token: Any) -> None:
-    if token is not None:
-        detach_span_from_context(token)
+def _in_memory(trace_id: str) -> Any:
+    """Enter to have MLflow's own live trace, locked; None if it is not in memory."""
+    return InMemoryTraceManager.get_instance().get_trace(trace_id)  # type: ignore[no-untyped-call]
+
+
+def _store(experiment_id: str, spans: list[Span]) -> bool:
+    """Write spans straight to the store; it does no harm if they are there already."""
+    with contextlib.suppress(NotImplementedError):  # a store that takes whole traces only
+        TracingClient().log_spans(experiment_id, spans)
+    return True
 
 
 def _active_span_has_ended() -> bool:

@@ -53,7 +53,7 @@ class Stats:
         scored: Calls that got a score.
         pending: Calls that wait for theirs.
         unscored: Calls without a score, counted by reason.
-        dropped: Scores that could not be written on their trace.
+        dropped: Scores and spans that could not be written.
         seconds: Time that scorers took, all scores together.
     """
 
@@ -117,7 +117,7 @@ class _Runtime:
         with self.lock:
             self.dropped += 1
         why = "the store has no such trace" if error is None else str(error)
-        self.warn_once("dropped", f"A score could not be written: {why}.")
+        self.warn_once("dropped", f"A score or span could not be written: {why}.")
 
     def give_up(self) -> None:
         """Wait for no score any more: what is pending is unscored."""
@@ -204,10 +204,11 @@ async def _settle(find: Find, ask: Ask, config: Config, verdict: Future[Verdict]
         _logger.exception("tlm_tracing could not ask for a score; the call is unscored.")
         result = _failure(error)
     with _runtime.settled:
+        # In one step: whoever sees that nothing is pending finds every verdict handed over.
+        if not verdict.done():
+            verdict.set_result(result)
         _runtime.pending -= 1
         _runtime.settled.notify_all()
-    if not verdict.done():
-        verdict.set_result(result)
 
 
 async def _judge(find: Find, ask: Ask, config: Config, verdict: Future[Verdict]) -> Verdict:

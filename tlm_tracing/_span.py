@@ -90,12 +90,14 @@ class TrustedSpan:
         self._scope.open = False
         if self._record is None:
             return
-        from tlm_tracing import _hook, _pipeline
+        from tlm_tracing import _hook, _pipeline, _scoring
 
         with _pipeline.guarded("closing a trusted block"):
             _hook.uninstall()
             self._adopt_from_calls()
-            self._record.close(error)
+            rest = self._record.close(error)
+            if rest is not None:
+                _scoring.later(rest)
 
     def _adopt_from_calls(self) -> None:
         """A block has no arguments and no result of its own, yet its trace should read well."""

@@ -105,7 +105,7 @@ class Chores:
                 else:
                     waiting.append(item)
             unfinished = [chore for chore in unfinished if not self._is_over(chore)]
-            if not unfinished:
+            if not unfinished and self._new.empty():  # a chore may have left another
                 for reached in waiting:
                     reached.set()
                 waiting.clear()
