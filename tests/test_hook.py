@@ -5,12 +5,14 @@ import inspect
 import subprocess
 import sys
 
+import mlflow
 import openai
 import pydantic
 import pytest
 
 import tlm_tracing as tt
 import tlm_tracing.openai
+from tlm_tracing import _record
 from tlm_tracing.exceptions import ConfigurationError
 
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
@@ -230,17 +232,33 @@ def test_when_openai_fails_the_caller_meets_what_the_bare_client_raises(
     assert not scorer.exchanges
 
 
-def test_a_bug_of_ours_does_not_reach_the_caller(sandbox, caplog, monkeypatch):
-    from tlm_tracing import _record
-
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    "place",
+    [
+        "visible",
+        "_request_attributes",
+        "_answer_attributes",
+        "_trust_attributes",
+        "_root_has_ended",
+    ],
+)
+def test_a_bug_of_ours_reaches_no_caller_and_holds_back_no_trace(
+    place, stream, sandbox, scorer, caplog, monkeypatch, traces
+):
     def broken(*_args, **_kwargs):
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(_record.CallRecord, "__init__", broken)
-    completion = ask(tt.wrap_openai(openai.OpenAI()))
-    assert completion.choices[0].message.content
+    client = tt.wrap_openai(openai.OpenAI(), scorer=scorer)
+    with mlflow.start_span("mine"), monkeypatch.context() as bug:
+        bug.setattr(_record, place, broken)
+        completion = ask(client, stream=stream)
+        assert list(completion) if stream else completion.choices[0].message.content
     assert "a bug" in caplog.text
     caplog.clear()
+    (found,) = traces(1)
+    assert found.info.state.value == "OK"
+    assert all(span.end_time_ns for span in found.data.spans)
 
 
 def test_enabled_false_makes_every_way_in_a_pass_through(sandbox, scorer, traces, monkeypatch):

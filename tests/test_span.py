@@ -200,6 +200,45 @@ def test_an_async_generator_may_be_closed_from_another_task(traces):
     assert names(traces(1)[0]) == ["words_async", *CALL]
 
 
+class Unspeakable:
+    def __repr__(self):
+        raise RuntimeError("no text of me")
+
+
+def endless():
+    value = ["round"]
+    value.append(value)
+    return value
+
+
+def deep():
+    value = {}
+    for _ in range(5000):
+        value = {"in": value}
+    return value
+
+
+@pytest.mark.parametrize(
+    "value",
+    [Unspeakable(), [Unspeakable()], endless(), deep(), {(1, 2): 3}, {"a\ud83d": "\ud83d"}, b"x"],
+    ids=lambda value: type(value).__name__,
+)
+def test_whatever_goes_in_and_out_the_function_is_not_affected(value, traces):
+    @tt.trusted
+    def same(value):
+        ask()
+        return value
+
+    assert same(value) is value
+    with tt.trusted_span("block") as span:
+        span.set_inputs(value)
+        span.set_outputs(value)
+    found, block = traces(2)
+    assert names(found) == ["same", *CALL]
+    assert found.data.spans[0].inputs
+    assert block.data.spans[0].outputs
+
+
 def test_an_exception_goes_on_and_is_recorded(trace):
     @tt.trusted
     def broken():

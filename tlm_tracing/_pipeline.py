@@ -13,7 +13,7 @@ import inspect
 import logging
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from types import TracebackType
@@ -38,10 +38,12 @@ class guarded:  # noqa: N801 - used like a function
 
     Args:
         doing: What was going on, to complete "tlm_tracing failed while ...".
+        otherwise: What to do when it failed.
     """
 
-    def __init__(self, doing: str) -> None:
+    def __init__(self, doing: str, otherwise: Callable[[], None] | None = None) -> None:
         self._doing = doing
+        self._otherwise = otherwise
 
     def __enter__(self) -> None:
         """Nothing to set up."""
@@ -59,6 +61,8 @@ class guarded:  # noqa: N801 - used like a function
             self._doing,
             exc_info=error,
         )
+        if self._otherwise is not None:
+            self._otherwise()
         return True
 
 
@@ -97,7 +101,7 @@ class Call:
 
     def failed(self, error: BaseException) -> None:
         """The request ended in an exception, which goes on to the caller as it is."""
-        with guarded("recording a failed call"):
+        with guarded("recording a failed call", self._record.abandon):
             self._record.failed(error)
             self._note(None, Verdict(Trust.unscored("call_failed")))
             self._close(None)
@@ -162,7 +166,7 @@ class Call:
         """A stream ended before its end: record what had come."""
 
         def record() -> bool:
-            with guarded("recording a stream"):
+            with guarded("recording a stream", self._record.abandon):
                 self.answer = plain(heard.completion())
                 self._note_llm(self._seconds_until(heard.first_at), outcome, error)
                 self._note(None, Verdict(Trust.unscored("partial_stream")))
@@ -176,7 +180,7 @@ class Call:
 
     def unobserved(self) -> None:
         """The answer goes to the caller unread, so there is nothing to score."""
-        with guarded("recording an unread answer"):
+        with guarded("recording an unread answer", self._record.abandon):
             self._record.answered(None)
             self._note(None, Verdict(Trust.unscored("partial_stream")))
             self._close(None)
@@ -251,7 +255,7 @@ class Call:
         remember(completion, self)
 
         def conclude() -> bool:
-            with guarded("annotating a trace"):
+            with guarded("annotating a trace", self._record.abandon):
                 self._note(completion, asked.result())
                 self._close(self.answer, "flagged" if self._is_low() else None)
             trust = self.trust or Trust.unscored("scorer_error")
@@ -283,12 +287,10 @@ class Call:
 
     def _noted(self, completion: Any, verdict: Verdict) -> str | None:
         """Note the verdict; gives what the threshold asks for."""
-        with guarded("annotating a trace"):
+        with guarded("annotating a trace", self._record.abandon):
             self._note(completion, verdict)
             if self._is_low():
                 return "flagged" if self._flag_only else self._asked_for()
-            return None
-        self._record.abandon()
         return None
 
     def _is_low(self) -> bool:
@@ -321,7 +323,7 @@ class Call:
 
     def _stream_concluded(self, verdict: Verdict) -> None:
         action = self._noted(None, verdict)
-        with guarded("closing a call"):
+        with guarded("closing a call", self._record.abandon):
             self._close(self.answer, action)
         self._given(None, action, verdict)
 
@@ -338,7 +340,7 @@ class Call:
             retry.open = False
             retry.leave(before)
             self._record.deactivate(token)
-            with guarded("closing a call"):
+            with guarded("closing a call", self._record.abandon):
                 replaced = decision.given is not completion
                 self._close(plain(decision.given) if replaced else self.answer, action)
 

@@ -22,7 +22,7 @@ from mlflow.tracing.trace_manager import InMemoryTraceManager
 
 from tlm_tracing._config import Config
 from tlm_tracing._data import Trust
-from tlm_tracing._visible import visible
+from tlm_tracing._visible import shape, visible
 
 _NO_OP_TRACE_ID = "MLFLOW_NO_OP_SPAN_TRACE_ID"
 # As MLflow stores and shows them.
@@ -45,14 +45,28 @@ class _Record:
         span_id: Its id.
     """
 
-    def __init__(self, name: str, inputs: Any, config: Config) -> None:
+    def __init__(self, name: str, config: Config) -> None:
         self._visible = visible(config)
-        self._span = _start(name, "CHAIN", None, None if inputs is None else self._visible(inputs))
+        self._span = _start(name, "CHAIN", None)
         live = self._span.trace_id != _NO_OP_TRACE_ID
         self.trace_id: str | None = self._span.trace_id if live else None
         self.span_id: str | None = self._span.span_id if live else None
         with _in_memory(self._span.trace_id) as trace:
             self._experiment_id = None if trace is None else trace.info.experiment_id
+
+    def inputs(self, value: Any) -> None:
+        """Record what went in."""
+        self._put(self._span.set_inputs, value)
+
+    def outputs(self, value: Any) -> None:
+        """Record what came out."""
+        self._put(self._span.set_outputs, value)
+
+    def _put(self, put: Callable[[Any], None], value: Any) -> None:
+        try:
+            put(self._visible(value))
+        except Exception:
+            put(shape(value))  # an object of the user's that cannot even be shown as text
 
     def activate(self) -> Any:
         """Make this MLflow's active span in the current context; gives the way back."""
@@ -65,7 +79,9 @@ class _Record:
 
     def _end(self, *inner: LiveSpan | None) -> Rest | None:
         """End the span; gives what remains to be done when its trace ended before it."""
-        self._span.end()
+        for span in (*inner, self._span):
+            if span is not None and span.end_time_ns is None:
+                span.end()
         # MLflow holds such a trace while a span is open, but lets go of it with the first batch
         # that it exports then, and loses the spans that have ended and are not in a batch yet.
         if self._experiment_id is None or not _root_has_ended(self._span):
@@ -94,13 +110,18 @@ class CallRecord(_Record):
             config: The settings in force.
         """
         model = str(request.get("model", ""))
-        super().__init__(f"{_VERB[operation]} {model}".strip(), dict(request), config)
-        recorded = self._visible(dict(request))
-        self._llm = _start(f"openai.{operation}", "CHAT_MODEL", self._span, recorded)
+        super().__init__(f"{_VERB[operation]} {model}".strip(), config)
+        self._llm = _start(f"openai.{operation}", "CHAT_MODEL", self._span)
         self._scoring: LiveSpan | None = None
-        for span in (self._span, self._llm):
-            span.set_attribute(_MESSAGE_FORMAT, "openai")
-        self._llm.set_attributes(_request_attributes(model, provider, recorded))
+        try:
+            recorded = self._visible(request)
+            for span in (self._span, self._llm):
+                span.set_inputs(recorded)
+                span.set_attribute(_MESSAGE_FORMAT, "openai")
+            self._llm.set_attributes(_request_attributes(model, provider, recorded))
+        except BaseException:
+            self.abandon()
+            raise
 
     def answered(
         self,
@@ -138,8 +159,8 @@ class CallRecord(_Record):
 
     def scoring_started(self, prompt: str, response: str) -> None:
         """Open the scoring span with the texts as they are scored."""
-        recorded = self._visible({"prompt": prompt, "response": response})
-        self._scoring = _start("tlm.trustworthiness", "EVALUATOR", self._span, recorded)
+        self._scoring = _start("tlm.trustworthiness", "EVALUATOR", self._span)
+        self._scoring.set_inputs(self._visible({"prompt": prompt, "response": response}))
 
     def scored(self, trust: Trust, detail: str | None = None) -> None:
         """Close the scoring span.
@@ -177,7 +198,7 @@ class CallRecord(_Record):
             What remains to be done on another thread, if anything.
         """
         if answer is not None:
-            self._span.set_outputs(self._visible(answer))
+            self.outputs(answer)
         self._span.set_attributes(_trust_attributes(trust))
         if action is not None:
             self._span.set_attribute("tlm.action", action)
@@ -211,13 +232,10 @@ class CallRecord(_Record):
 class BlockRecord(_Record):
     """The span of a trusted function call or block."""
 
-    def inputs(self, value: Any) -> None:
-        """Record what went in."""
-        self._span.set_inputs(self._visible(value))
-
-    def outputs(self, value: Any) -> None:
-        """Record what came out."""
-        self._span.set_outputs(self._visible(value))
+    def __init__(self, name: str, inputs: Any, config: Config) -> None:
+        super().__init__(name, config)
+        if inputs is not None:
+            self.inputs(inputs)
 
     def close(self, error: BaseException | None) -> Rest | None:
         """End the span, as failed if there is an error.
@@ -245,9 +263,9 @@ def flush() -> None:
 _VERB = {"chat.completions": "chat"}
 
 
-def _start(name: str, kind: str, parent: LiveSpan | None, inputs: Any) -> LiveSpan:
+def _start(name: str, kind: str, parent: LiveSpan | None) -> LiveSpan:
     if parent is not None or not _active_span_has_ended():
-        span = mlflow.start_span_no_context(name, span_type=kind, parent_span=parent, inputs=inputs)
+        span = mlflow.start_span_no_context(name, span_type=kind, parent_span=parent)
         if _NO_THREADS_AT_EXIT:
             _wake_exporter()
         return span
@@ -255,7 +273,7 @@ def _start(name: str, kind: str, parent: LiveSpan | None, inputs: Any) -> LiveSp
     # a child of it would be lost with the trace that MLflow has already let go.
     context = contextvars.copy_context()
     context.run(set_span_in_context, mlflow.entities.NoOpSpan())  # type: ignore[no-untyped-call]
-    return context.run(mlflow.start_span_no_context, name, span_type=kind, inputs=inputs)
+    return context.run(mlflow.start_span_no_context, name, span_type=kind)
 
 
 def _wake_exporter() -> None:

@@ -50,21 +50,28 @@ class TrustedSpan:
     def set_inputs(self, value: Any) -> None:
         """Record what went into the block. Without it, it is the first call's request."""
         self._told_inputs = True
-        if self._record is not None:
-            self._record.inputs(value)
+        self._tell("inputs", value)
 
     def set_outputs(self, value: Any) -> None:
         """Record what came out of the block. Without it, it is the last call's answer."""
         self._told_outputs = True
-        if self._record is not None:
-            self._record.outputs(value)
+        self._tell("outputs", value)
+
+    def _tell(self, what: str, value: Any) -> None:
+        if self._record is None:
+            return
+        from tlm_tracing import _pipeline
+
+        with _pipeline.guarded(f"recording the {what} of a block"):
+            getattr(self._record, what)(value)
 
     def _open(self, name: str, inputs: Any, config: _config.Config) -> None:
         from tlm_tracing import _hook, _pipeline, _record
 
         with _pipeline.guarded("opening a trusted block"):
+            record = _record.BlockRecord(name, inputs, config)
             _hook.install()
-            self._record = _record.BlockRecord(name, inputs, config)
+            self._record = record
 
     @contextlib.contextmanager
     def _active(self) -> Iterator[None]:

@@ -8,6 +8,9 @@ from typing import Any
 from tlm_tracing._config import Config
 
 _REPLACED = "[not recorded: the mask failed]"
+_ENDLESS = "[not recorded: nested too deeply]"
+_DEEPEST = 50
+_CONTAINERS = (Mapping, list, tuple)
 _SHAPE_WORDS = frozenset(
     {
         "role",
@@ -25,7 +28,7 @@ _SHAPE_WORDS = frozenset(
 def visible(config: Config) -> Callable[[Any], Any]:
     """How a value looks on a span under these settings."""
     if not config.capture_content:
-        return _shape
+        return shape
     if (mask := config.mask) is None:
         return _storable
 
@@ -39,28 +42,38 @@ def visible(config: Config) -> Callable[[Any], Any]:
     return masked
 
 
-def _storable(value: Any) -> Any:
+def _storable(value: Any, above: tuple[Any, ...] = ()) -> Any:
     """The same, with texts that a store can encode: half a surrogate pair costs the trace."""
     if isinstance(value, str):
         return value if value.isascii() else value.encode("utf-8", "replace").decode("utf-8")
-    if isinstance(value, Mapping):
-        return {key: _storable(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_storable(item) for item in value]
-    return value
-
-
-def _shape(value: Any) -> Any:
-    """What is left of a value when content is not recorded: structure, numbers and lengths."""
-    if isinstance(value, Mapping):
-        return {
-            key: item if key in _SHAPE_WORDS and isinstance(item, str) else _shape(item)
-            for key, item in value.items()
-        }
-    if isinstance(value, (list, tuple)):
-        return [_shape(item) for item in value]
-    if value is None or isinstance(value, (bool, int, float)):
+    if not isinstance(value, _CONTAINERS):
         return value
+    if _is_endless(value, above):
+        return _ENDLESS
+    above = (*above, value)
+    if isinstance(value, Mapping):
+        return {_storable(str(key)): _storable(item, above) for key, item in value.items()}
+    return [_storable(item, above) for item in value]
+
+
+def shape(value: Any, above: tuple[Any, ...] = ()) -> Any:
+    """What is left of a value when content is not recorded: structure, numbers and lengths."""
     if isinstance(value, str):
         return f"[{len(value)} characters]"
-    return f"[{type(value).__name__}]"
+    if value is None or isinstance(value, (bool, int, float)):
+        return value
+    if not isinstance(value, _CONTAINERS):
+        return f"[{type(value).__name__}]"
+    if _is_endless(value, above):
+        return _ENDLESS
+    above = (*above, value)
+    if isinstance(value, Mapping):
+        return {
+            str(key): item if key in _SHAPE_WORDS and isinstance(item, str) else shape(item, above)
+            for key, item in value.items()
+        }
+    return [shape(item, above) for item in value]
+
+
+def _is_endless(value: Any, above: tuple[Any, ...]) -> bool:
+    return len(above) >= _DEEPEST or any(value is outer for outer in above)
