@@ -8,6 +8,7 @@ import pytest
 import tlm_tracing as tt
 from tlm_tracing import _config
 from tlm_tracing.exceptions import ConfigurationError
+from tlm_tracing.testing import FakeScorer
 
 DEFAULTS = {
     "mode": "inline",
@@ -104,6 +105,9 @@ def test_the_environment_is_read_at_each_call_and_keywords_beat_it(sandbox, monk
         ("queue_size", -1),
         ("enabled", "yes"),
         ("capture_content", 1),
+        ("scorer", "hosted!"),
+        ("scorer", 3),
+        ("scorer", FakeScorer),
         ("mask", "password"),
         ("mask_scorer", 3),
     ],
@@ -123,9 +127,14 @@ def test_a_wrong_environment_variable_is_named_and_costs_no_call(
     with pytest.raises(ConfigurationError, match="TLM_TRACING_ENABLED"):
         _config.base()
     client = tt.wrap_openai(openai.OpenAI())
-    completion = client.chat.completions.create(
-        model="gpt-4o", messages=[{"role": "user", "content": "?"}]
-    )
-    assert completion.choices[0].message.content
+
+    @tt.trusted
+    def answer():
+        with tt.trusted_span():
+            return client.chat.completions.create(
+                model="gpt-4o", messages=[{"role": "user", "content": "?"}]
+            )
+
+    assert answer().choices[0].message.content
     assert "TLM_TRACING_ENABLED" in caplog.text
     caplog.clear()

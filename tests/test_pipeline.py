@@ -82,13 +82,6 @@ def test_a_scorer_that_gives_no_score_leaves_the_call_unscored(wrong, trace):
     assert trace().info.tags["trust_status"] == "unscored"
 
 
-@pytest.mark.parametrize("wrong", ["hosted!", 3, FakeScorer])
-def test_a_scorer_that_is_none_is_named_in_the_log(wrong, caplog):
-    tt.configure(scorer=wrong)
-    assert tt.trust(ask()).reason == "scorer_error"
-    assert "scorer must be" in caplog.text
-
-
 @sync_and_async
 def test_a_low_answer_is_flagged(asking, trace):
     tt.configure(scorer=FakeScorer(0.3), threshold=0.5)

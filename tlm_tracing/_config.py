@@ -12,13 +12,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, TypeAlias
 
-from tlm_tracing._data import Trust
+from tlm_tracing._data import Scorer, Trust
 from tlm_tracing.exceptions import ConfigurationError
 
 Mode: TypeAlias = Literal["inline", "background", "off"]
 OnLow: TypeAlias = Literal["flag", "raise"] | Callable[[Any, Trust], Any]
 OnError: TypeAlias = Literal["pass", "raise"]
 SampleRate: TypeAlias = float | Callable[[Mapping[str, Any]], float | bool]
+
+SCORER_NAMES = ("hosted",)
+"""The scorers that can be meant by name."""
 
 _PREFIX = "TLM_TRACING_"
 _CLEANLAB_URL = "https://api.cleanlab.ai/api"
@@ -84,6 +87,7 @@ class Config:
             _number("max_scores_per_minute", self.max_scores_per_minute, least=0.0)
         if not callable(self.sample_rate):
             _number("sample_rate", self.sample_rate, least=0.0, most=1.0)
+        _a_scorer(self.scorer)
         for name in ("enabled", "capture_content"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigurationError(f"{name} must be True or False.")
@@ -202,6 +206,17 @@ _PARSERS: Mapping[str, Callable[[str], Any]] = {
     "enabled": _boolean,
     "capture_content": _boolean,
 }
+
+
+def _a_scorer(value: object) -> None:
+    named = isinstance(value, str) and value in SCORER_NAMES
+    made = not isinstance(value, type) and (isinstance(value, Scorer) or callable(value))
+    if value is not None and not named and not made:
+        names = " or ".join(f'"{name}"' for name in SCORER_NAMES)
+        raise ConfigurationError(
+            f"scorer must be {names}, a scorer such as HostedTLM(...), or a function "
+            f"(request, completion) -> score, not {value!r:.100}."
+        )
 
 
 def _one_of(name: str, value: object, *allowed: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import logging
 from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Mapping
 from types import TracebackType
 from typing import Any, ParamSpec, TypeVar, overload
@@ -13,6 +14,8 @@ from tlm_tracing import _config
 from tlm_tracing._data import Trust
 from tlm_tracing._scope import Scope, suppressed
 from tlm_tracing.exceptions import ConfigurationError
+
+_logger = logging.getLogger("tlm_tracing")
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -26,9 +29,14 @@ class TrustedSpan:
         self._record: Any = None
         self._told_inputs = inputs is not None
         self._told_outputs = False
-        config = _config.resolve(*(scope.settings for scope in self._scope.chain()))
-        if config.enabled and not suppressed():
-            self._open(name, inputs, config)
+        try:
+            config = _config.resolve(*(scope.settings for scope in self._scope.chain()))
+        except ConfigurationError as error:
+            # From the environment: keywords were checked where they were written.
+            _logger.error("Nothing is recorded: %s", error)
+        else:
+            if config.enabled and not suppressed():
+                self._open(name, inputs, config)
 
     @property
     def trust(self) -> Trust | None:

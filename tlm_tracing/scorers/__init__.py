@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from tlm_tracing._config import cleanlab_api_key
 from tlm_tracing._data import Scorer
-from tlm_tracing.exceptions import ConfigurationError, ScoringError
+from tlm_tracing.exceptions import ScoringError
 
 if TYPE_CHECKING:
     from tlm_tracing.scorers.hosted import HostedTLM
@@ -23,10 +23,9 @@ def resolve(spec: Any) -> Scorer:
 
     Args:
         spec: ``"hosted"``, a :class:`Scorer`, or a sync or async callable
-            ``(request, completion) -> float, Trust or dict``.
+            ``(request, completion) -> float, Trust or dict``; checked already.
 
     Raises:
-        ConfigurationError: If it is none of these.
         ScoringError: With reason ``"no_scorer"``, if it is ``"hosted"`` and there is no key.
     """
     if spec == "hosted":
@@ -37,16 +36,11 @@ def resolve(spec: Any) -> Scorer:
         from tlm_tracing.scorers.hosted import HostedTLM
 
         return HostedTLM()
-    if isinstance(spec, Scorer) and not isinstance(spec, type):
+    if isinstance(spec, Scorer):
         return spec
-    if callable(spec) and not isinstance(spec, type):
-        from tlm_tracing.scorers._function import FunctionScorer
+    from tlm_tracing.scorers._function import FunctionScorer
 
-        return FunctionScorer(spec)
-    raise ConfigurationError(
-        f'scorer must be "hosted", a scorer such as HostedTLM(...), or a function '
-        f"(request, completion) -> score, not {spec!r:.100}."
-    )
+    return FunctionScorer(spec)
 
 
 def __getattr__(name: str) -> Any:
