@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import openai
 import wrapt
 
-from tlm_tracing import _config, _pipeline, _scope, _streams
+from tlm_tracing import _config, _pipeline, _record, _scope, _streams
 from tlm_tracing.exceptions import ConfigurationError
 
 ClientT = TypeVar("ClientT", bound="openai.OpenAI | openai.AsyncOpenAI")
@@ -228,6 +228,7 @@ def _begin(client: Any, args: Any, kwargs: Any) -> _pipeline.Call | None:
             *(outer.settings for outer in (scope.chain() if scope else ())),
         )
         if config.enabled:
+            _displace_autolog(options)
             return _pipeline.Call(
                 dict(options.json_data),
                 config,
@@ -235,6 +236,18 @@ def _begin(client: Any, args: Any, kwargs: Any) -> _pipeline.Call | None:
                 provider=_provider(client),
             )
     return None
+
+
+def _displace_autolog(options: Any) -> None:
+    """With MLflow's own autologging on as well, a call has one LLM span still: ours."""
+    if not isinstance(options.headers, Mapping):
+        return
+    traceparent = options.headers.get("traceparent")
+    with _pipeline.guarded("looking for MLflow's own span"):
+        if traceparent and _record.displace(traceparent):
+            options.headers = {
+                name: value for name, value in options.headers.items() if name != "traceparent"
+            }
 
 
 def _heard(kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -29,6 +30,7 @@ _NO_OP_TRACE_ID = "MLFLOW_NO_OP_SPAN_TRACE_ID"
 _MESSAGE_FORMAT = "mlflow.message.format"
 _TOOLS = "mlflow.chat.tools"
 _USAGE = "mlflow.chat.tokenUsage"
+_TRACEPARENT = re.compile("[0-9a-f]{2}-([0-9a-f]{32})-([0-9a-f]{16})-[0-9a-f]{2}")
 # Python 3.12 alone refuses to start a thread from when its main thread has ended.
 _NO_THREADS_AT_EXIT = sys.version_info[:2] == (3, 12)
 
@@ -246,6 +248,35 @@ class BlockRecord(_Record):
         if error is not None:
             _mark_failed(self._span, error)
         return self._end()
+
+
+def displace(traceparent: str) -> bool:
+    """Discard the span that ``mlflow.openai.autolog()`` has opened for a call of ours.
+
+    It opens one before the request comes this way, and names it to the provider in a header.
+    Whatever it goes on to note on that span is not recorded.
+
+    Args:
+        traceparent: The header's value, by W3C's Trace Context.
+
+    Returns:
+        Whether there was such a span; otherwise the header is the caller's own.
+    """
+    found = _TRACEPARENT.fullmatch(traceparent)
+    if found is None:
+        return False
+    otel_id, span_id = int(found[1], 16), found[2]
+    manager = InMemoryTraceManager.get_instance()  # type: ignore[no-untyped-call]
+    trace_id = manager.get_mlflow_trace_id_from_otel_id(otel_id)
+    span = trace_id and manager.get_span_from_id(trace_id, span_id)
+    if not span or span.span_type != "CHAT_MODEL" or span is mlflow.get_current_active_span():
+        return False
+    if span.parent_id is None:
+        manager.pop_trace(otel_id)
+    else:
+        with manager.get_trace(trace_id) as live:
+            live.span_dict.pop(span_id, None)
+    return True
 
 
 @contextlib.contextmanager
