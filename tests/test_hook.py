@@ -12,7 +12,6 @@ import pytest
 
 import tlm_tracing as tt
 import tlm_tracing.openai
-from tlm_tracing import _record
 from tlm_tracing.exceptions import ConfigurationError
 
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
@@ -236,11 +235,11 @@ def test_when_openai_fails_the_caller_meets_what_the_bare_client_raises(
 @pytest.mark.parametrize(
     "place",
     [
-        "visible",
-        "_request_attributes",
-        "_answer_attributes",
-        "_trust_attributes",
-        "_root_has_ended",
+        "_record.visible",
+        "_record._request_attributes",
+        "_record._answer_attributes",
+        "_record._trust_attributes",
+        "_live.root_has_ended",
     ],
 )
 def test_a_bug_of_ours_reaches_no_caller_and_holds_back_no_trace(
@@ -251,7 +250,7 @@ def test_a_bug_of_ours_reaches_no_caller_and_holds_back_no_trace(
 
     client = tt.wrap_openai(openai.OpenAI(), scorer=scorer)
     with mlflow.start_span("mine"), monkeypatch.context() as bug:
-        bug.setattr(_record, place, broken)
+        bug.setattr(f"tlm_tracing.{place}", broken)
         completion = ask(client, stream=stream)
         assert list(completion) if stream else completion.choices[0].message.content
     assert "a bug" in caplog.text

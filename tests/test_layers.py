@@ -9,7 +9,7 @@ import tlm_tracing
 
 PACKAGE = Path(tlm_tracing.__file__).parent
 FLOORS = [
-    {"_data", "exceptions"},
+    {"_data", "exceptions", "_live"},
     {"_config", "_messages", "_streams", "_reducer", "_annotate", "_scope", "_limits"}
     | {"_threads", "_visible", "report", "testing"},
     {"_record", "_scoring", "scorers"},
@@ -20,7 +20,7 @@ FLOORS = [
 ]
 STEPS = {"_record", "_scoring", "scorers"}
 ROOMS = {
-    "mlflow": {"_record", "_annotate", "_demo"},
+    "mlflow": {"_live", "_record", "_annotate", "_demo"},
     "openai": {"_hook", "_streams", "openai", "_demo"},
     "cleanlab_tlm": {"scorers"},
     "aiohttp": {"scorers", "testing"},

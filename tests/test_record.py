@@ -164,6 +164,29 @@ def test_a_mask_applies_to_whatever_is_recorded_and_not_to_what_is_sent(trace, s
     assert "France" in sandbox.requests("openai")[0].body.decode()
 
 
+def test_a_mask_may_change_what_it_is_given(trace, sandbox, scorer):
+    def mask(value):
+        for message in value.get("asked", value).get("messages", []):
+            message["content"] = "[masked]"
+        for choice in value.get("choices", []):
+            choice["message"]["content"] = "[masked]"
+        return value
+
+    @tt.trusted
+    def answer(asked):
+        return asked["messages"][0]["content"], ask().choices[0].message.content
+
+    tt.configure(mask=mask)
+    assert answer({"messages": [{"content": "mine"}]}) == ("mine", "Paris.")
+    assert sandbox.requests("openai")[0].json["messages"] == QUESTION
+    assert "France" in scorer.exchanges[0].prompt
+    assert scorer.exchanges[0].response == "Paris."
+    text = json.dumps([span.to_dict() for span in trace().data.spans[:3]])
+    assert "[masked]" in text
+    assert "mine" not in text
+    assert "France" not in text
+
+
 def test_a_broken_mask_lets_nothing_through(trace):
     tt.configure(mask=lambda value: 1 / 0)
     assert ask().choices[0].message.content == "Paris."

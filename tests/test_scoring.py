@@ -14,6 +14,7 @@ import openai
 import pytest
 
 import tlm_tracing as tt
+from tlm_tracing import _scoring, _threads
 from tlm_tracing.openai import AsyncOpenAI, OpenAI
 from tlm_tracing.testing import FakeScorer
 
@@ -216,6 +217,53 @@ def test_nothing_is_said_at_exit_after_inline_calls(sandbox, store, experiment, 
     assert "Warning" not in done.stderr.replace("SADeprecationWarning", "")
     assert "Error" not in done.stderr
     assert stored(experiment)[0].info.tags["trust_status"] == "scored"
+
+
+def test_flush_may_be_called_at_exit(sandbox, store, experiment, application):
+    code = """
+    import atexit
+    atexit.register(lambda: print(tt.flush(30)))
+    tt.autolog()
+    ask()
+    """
+    done = run(application + code, sandbox, store)
+    assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr
+    assert "Error" not in done.stderr
+    assert stored(experiment)[0].info.tags["trust_status"] == "scored"
+
+
+def refuse():
+    raise OSError("no space left")
+
+
+@pytest.mark.parametrize(("chore", "why"), [(lambda: False, "no such trace"), (refuse, "no space")])
+def test_what_cannot_be_written_is_counted_and_said_once(chore, why, monkeypatch, caplog):
+    monkeypatch.setattr(_threads, "_KEEP_TRYING", 0.1)
+    before = tt.stats().dropped
+    for _ in range(3):
+        _scoring.later(chore)
+    assert tt.flush(10)
+    assert tt.stats().dropped == before + 3
+    said = [one.getMessage() for one in caplog.records if one.name == "tlm_tracing"]
+    assert len(said) == 1
+    assert why in said[0]
+
+
+def test_a_write_that_fails_is_tried_again(caplog):
+    fails = [True, True]
+
+    def chore():
+        if fails:
+            fails.pop()
+            raise OSError("busy")
+        return True
+
+    before = tt.stats().dropped
+    _scoring.later(chore)
+    assert tt.flush(10)
+    assert not fails
+    assert tt.stats().dropped == before
+    assert not [one for one in caplog.records if one.name == "tlm_tracing"]
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

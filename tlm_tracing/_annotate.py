@@ -10,8 +10,8 @@ from typing import Any
 from mlflow.entities import AssessmentSource, Feedback, TraceInfo
 from mlflow.exceptions import MlflowException
 from mlflow.tracing.client import TracingClient
-from mlflow.tracing.trace_manager import InMemoryTraceManager
 
+from tlm_tracing import _live
 from tlm_tracing._data import Trust
 
 SCORE_TAG = "trust_score"
@@ -42,7 +42,7 @@ def annotate_live(trust: Trust, *, model: str | None, preset: str | None) -> boo
         return True
     # MLflow's public calls either need the trace to be active in this very context, or write
     # to a store that does not know it yet (a foreign key fails, the tag is lost).
-    with _in_memory(trust.trace_id) as trace:
+    with _live.held(trust.trace_id) as trace:
         if trace is None:
             return False
         changes = _tags(trace.info.tags, trust)
@@ -93,7 +93,7 @@ def read_trust(trace_id: str) -> Trust | None:
     Args:
         trace_id: An MLflow trace id, of a trace in memory or in the store.
     """
-    with _in_memory(trace_id) as trace:
+    with _live.held(trace_id) as trace:
         tags = dict(trace.info.tags) if trace is not None else None
     if tags is None:
         try:
@@ -121,11 +121,6 @@ def fit(text: str, limit: int = _TAG_LIMIT) -> str:
     while end > 0 and (unicodedata.combining(text[end]) or "\u200d" in text[end - 1 : end + 1]):
         end -= 1
     return text[:end] + "…"
-
-
-def _in_memory(trace_id: str) -> Any:
-    """Enter to have MLflow's own live trace, locked; None if it is not in memory."""
-    return InMemoryTraceManager.get_instance().get_trace(trace_id)  # type: ignore[no-untyped-call]
 
 
 def _tags(present: dict[str, str], trust: Trust) -> dict[str, str | None]:

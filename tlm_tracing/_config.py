@@ -54,7 +54,7 @@ class Config:
         queue_size: Calls that may wait for a score; beyond it a call is unscored.
         enabled: False makes every way in a pass-through.
         capture_content: Whether messages and answers are recorded on spans.
-        mask: Applied to whatever is recorded as a span's inputs or outputs.
+        mask: Applied to a copy of whatever is recorded as a span's inputs or outputs.
         mask_scorer: Applied to each text that leaves for the scorer.
     """
 

@@ -379,7 +379,7 @@ def flush(timeout: float | None = None) -> bool:
             _record.flush()
         exported.set()
 
-    _threads.start("flush", export)
+    _threads.run_beside("flush", export)
     return exported.wait(None if until is None else max(0.0, until - time.monotonic()))
 
 

@@ -6,7 +6,6 @@ import contextlib
 import contextvars
 import functools
 import re
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -14,13 +13,12 @@ import mlflow
 from mlflow.entities import LiveSpan, Span, SpanStatus, SpanStatusCode
 from mlflow.tracing.client import TracingClient
 from mlflow.tracing.provider import (
-    _get_trace_exporter,
     detach_span_from_context,
     get_current_otel_span,
     set_span_in_context,
 )
-from mlflow.tracing.trace_manager import InMemoryTraceManager
 
+from tlm_tracing import _live
 from tlm_tracing._config import Config
 from tlm_tracing._data import Trust
 from tlm_tracing._visible import shape, visible
@@ -31,9 +29,6 @@ _MESSAGE_FORMAT = "mlflow.message.format"
 _TOOLS = "mlflow.chat.tools"
 _USAGE = "mlflow.chat.tokenUsage"
 _TRACEPARENT = re.compile("[0-9a-f]{2}-([0-9a-f]{32})-([0-9a-f]{16})-[0-9a-f]{2}")
-# Python 3.12 alone refuses to start a thread from when its main thread has ended.
-_NO_THREADS_AT_EXIT = sys.version_info[:2] == (3, 12)
-
 
 Rest = Callable[[], bool]
 """Something left to do, elsewhere and again and again until it gives True."""
@@ -53,7 +48,7 @@ class _Record:
         live = self._span.trace_id != _NO_OP_TRACE_ID
         self.trace_id: str | None = self._span.trace_id if live else None
         self.span_id: str | None = self._span.span_id if live else None
-        with _in_memory(self._span.trace_id) as trace:
+        with _live.held(self._span.trace_id) as trace:
             self._experiment_id = None if trace is None else trace.info.experiment_id
 
     def inputs(self, value: Any) -> None:
@@ -86,7 +81,7 @@ class _Record:
                 span.end()
         # MLflow holds such a trace while a span is open, but lets go of it with the first batch
         # that it exports then, and loses the spans that have ended and are not in a batch yet.
-        if self._experiment_id is None or not _root_has_ended(self._span):
+        if self._experiment_id is None or not _live.root_has_ended(self._span):
             return None
         spans = [span.to_immutable_span() for span in (self._span, *inner) if span is not None]
         return functools.partial(_store, self._experiment_id, spans)
@@ -254,7 +249,6 @@ def displace(traceparent: str) -> bool:
     """Discard the span that ``mlflow.openai.autolog()`` has opened for a call of ours.
 
     It opens one before the request comes this way, and names it to the provider in a header.
-    Whatever it goes on to note on that span is not recorded.
 
     Args:
         traceparent: The header's value, by W3C's Trace Context.
@@ -263,20 +257,7 @@ def displace(traceparent: str) -> bool:
         Whether there was such a span; otherwise the header is the caller's own.
     """
     found = _TRACEPARENT.fullmatch(traceparent)
-    if found is None:
-        return False
-    otel_id, span_id = int(found[1], 16), found[2]
-    manager = InMemoryTraceManager.get_instance()  # type: ignore[no-untyped-call]
-    trace_id = manager.get_mlflow_trace_id_from_otel_id(otel_id)
-    span = trace_id and manager.get_span_from_id(trace_id, span_id)
-    if not span or span.span_type != "CHAT_MODEL" or span is mlflow.get_current_active_span():
-        return False
-    if span.parent_id is None:
-        manager.pop_trace(otel_id)
-    else:
-        with manager.get_trace(trace_id) as live:
-            live.span_dict.pop(span_id, None)
-    return True
+    return found is not None and _live.discard(int(found[1], 16), found[2])
 
 
 @contextlib.contextmanager
@@ -297,40 +278,13 @@ _VERB = {"chat.completions": "chat"}
 def _start(name: str, kind: str, parent: LiveSpan | None) -> LiveSpan:
     if parent is not None or not _active_span_has_ended():
         span = mlflow.start_span_no_context(name, span_type=kind, parent_span=parent)
-        if _NO_THREADS_AT_EXIT:
-            _wake_exporter()
+        _live.wake_exporter()
         return span
     # The active span belongs to a block that is over, such as a task that outlived it:
     # a child of it would be lost with the trace that MLflow has already let go.
     context = contextvars.copy_context()
     context.run(set_span_in_context, mlflow.entities.NoOpSpan())  # type: ignore[no-untyped-call]
     return context.run(mlflow.start_span_no_context, name, span_type=kind)
-
-
-def _wake_exporter() -> None:
-    """Have MLflow's exporter start its threads while threads can be started.
-
-    It does so with its first export, which a short script reaches no sooner than at its end:
-    its traces would be lost.
-    """
-    queue = getattr(_get_trace_exporter(), "_async_queue", None)  # type: ignore[no-untyped-call]
-    if queue is not None and not hasattr(queue, "_consumer_thread"):
-        queue.activate()
-
-
-def _root_has_ended(span: LiveSpan) -> bool:
-    if span.parent_id is None:
-        return False
-    with _in_memory(span.trace_id) as trace:
-        if trace is None:
-            return True
-        root = trace.get_root_span()
-        return root is not None and root.end_time_ns is not None
-
-
-def _in_memory(trace_id: str) -> Any:
-    """Enter to have MLflow's own live trace, locked; None if it is not in memory."""
-    return InMemoryTraceManager.get_instance().get_trace(trace_id)  # type: ignore[no-untyped-call]
 
 
 def _store(experiment_id: str, spans: list[Span]) -> bool:

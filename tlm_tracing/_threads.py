@@ -32,6 +32,14 @@ def start(name: str, target: Callable[[], Any], *, daemon: bool = True) -> threa
     return thread
 
 
+def run_beside(name: str, job: Callable[[], Any]) -> None:
+    """Run a short job in a daemon thread, or here and now if it is too late for threads."""
+    try:
+        start(name, job)
+    except RuntimeError:  # Python 3.12 starts no thread once the process is about to end
+        job()
+
+
 def start_loop() -> asyncio.AbstractEventLoop:
     """An event loop that runs in a daemon thread until the process ends."""
     loop = asyncio.new_event_loop()
@@ -151,8 +159,5 @@ class _DaemonThreads(ThreadPoolExecutor):
             else:
                 job.set_result(result)
 
-        try:
-            start("job", run)
-        except RuntimeError:  # Python 3.12 starts no thread once the process is about to end
-            run()
+        run_beside("job", run)
         return job

@@ -34,7 +34,8 @@ def visible(config: Config) -> Callable[[Any], Any]:
 
     def masked(value: Any) -> Any:
         try:
-            return _storable(mask(value))
+            # Given a copy: what it changes in place must not change what is sent or returned.
+            return _storable(mask(_storable(value)))
         except Exception:
             # A broken mask must not let through what it was meant to hide.
             return _REPLACED

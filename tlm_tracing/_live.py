@@ -1,0 +1,77 @@
+"""The traces that MLflow holds in memory, before it has written them.
+
+The only room that leans on MLflow's own names for that: its public calls reach the trace that is
+active in the very context, and no other.
+"""
+
+from __future__ import annotations
+
+import sys
+from contextlib import AbstractContextManager
+from typing import Any
+
+import mlflow
+from mlflow.entities import LiveSpan
+from mlflow.tracing.provider import _get_trace_exporter
+from mlflow.tracing.trace_manager import InMemoryTraceManager
+
+# Python 3.12 alone refuses to start a thread from when its main thread has ended.
+_NO_THREADS_AT_EXIT = sys.version_info[:2] == (3, 12)
+
+
+def held(trace_id: str) -> AbstractContextManager[Any]:
+    """Enter to have the live trace, locked; None if MLflow does not hold it (any more)."""
+    return _manager().get_trace(trace_id)  # type: ignore[no-any-return]
+
+
+def root_has_ended(span: LiveSpan) -> bool:
+    """Whether the root of a span's trace has ended, and MLflow may let go of the trace."""
+    if span.parent_id is None:
+        return False
+    with held(span.trace_id) as trace:
+        if trace is None:
+            return True
+        root = trace.get_root_span()
+        return root is not None and root.end_time_ns is not None
+
+
+def discard(otel_trace_id: int, span_id: str) -> bool:
+    """Have MLflow forget an open LLM span that somebody else has started, not the active one.
+
+    Whatever is still noted on it is not recorded.
+
+    Args:
+        otel_trace_id: OpenTelemetry's id of its trace.
+        span_id: Its own id.
+
+    Returns:
+        Whether there was such a span.
+    """
+    manager = _manager()
+    trace_id = manager.get_mlflow_trace_id_from_otel_id(otel_trace_id)
+    span = trace_id and manager.get_span_from_id(trace_id, span_id)
+    if not span or span.span_type != "CHAT_MODEL" or span is mlflow.get_current_active_span():
+        return False
+    if span.parent_id is None:
+        manager.pop_trace(otel_trace_id)
+    else:
+        with held(trace_id) as trace:
+            trace.span_dict.pop(span_id, None)
+    return True
+
+
+def wake_exporter() -> None:
+    """Have MLflow's exporter start its threads while threads can be started.
+
+    It does so with its first export, which a short script reaches no sooner than at its end:
+    its traces would be lost.
+    """
+    if not _NO_THREADS_AT_EXIT:
+        return
+    queue = getattr(_get_trace_exporter(), "_async_queue", None)  # type: ignore[no-untyped-call]
+    if queue is not None and not hasattr(queue, "_consumer_thread"):
+        queue.activate()
+
+
+def _manager() -> Any:
+    return InMemoryTraceManager.get_instance()  # type: ignore[no-untyped-call]
