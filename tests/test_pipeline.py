@@ -117,6 +117,19 @@ def test_a_low_answer_is_replaced_if_asked(asking, trace):
     assert llm.outputs["choices"][0]["message"]["content"] == "Paris."
 
 
+@sync_and_async
+def test_an_answer_may_be_replaced_in_place(asking, trace):
+    def better(completion, trust):
+        completion.choices[0].message.content = "I am not sure."
+        return completion
+
+    tt.configure(scorer=FakeScorer(0.3), threshold=0.5, on_low=better)
+    assert asking().choices[0].message.content == "I am not sure."
+    parent, llm, _ = trace().data.spans
+    assert parent.outputs["choices"][0]["message"]["content"] == "I am not sure."
+    assert llm.outputs["choices"][0]["message"]["content"] == "Paris."
+
+
 def test_a_retry_in_a_fallback_is_traced_inside_the_call(trace):
     def retry(completion, trust):
         return ask(model="gpt-5")

@@ -341,8 +341,8 @@ class Call:
             retry.leave(before)
             self._record.deactivate(token)
             with guarded("closing a call", self._record.abandon):
-                replaced = decision.given is not completion
-                self._close(plain(decision.given) if replaced else self.answer, action)
+                given = plain(decision.given) if action == "replaced" else self.answer
+                self._close(given, action)
 
     def _given(self, given: Any, action: str | None, verdict: Verdict) -> Any:
         if action == "raised" and self.trust is not None:
