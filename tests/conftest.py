@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 # Before MLflow is imported: no telemetry, and no call to the outside from a test.
@@ -17,10 +18,17 @@ import openai
 import pytest
 
 import tlm_tracing as tt
-from tlm_tracing import _asking, _config, _hook, _limits, _scoring
+from tlm_tracing import _asking, _config, _hook, _limits, _propagation, _scoring
 from tlm_tracing.testing import FakeScorer, Sandbox
 
 pytest_plugins = ["pytester"]
+
+PATCHED = [
+    lambda: openai.OpenAI._prepare_request,
+    lambda: openai.AsyncOpenAI._prepare_request,
+    lambda: ThreadPoolExecutor.submit,
+]
+ORIGINALS = [patched() for patched in PATCHED]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -70,7 +78,8 @@ def clean_slate(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     _config._from_environment.cache_clear()
     assert "request" not in vars(openai.OpenAI)
     assert "request" not in vars(openai.AsyncOpenAI)
-    assert _hook._users == 0
+    assert [patched() for patched in PATCHED] == ORIGINALS
+    assert _hook.patches.users == _propagation.pools.users == 0
 
 
 @pytest.fixture(autouse=True)

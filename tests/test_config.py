@@ -23,6 +23,7 @@ DEFAULTS = {
     "queue_size": 1000,
     "enabled": True,
     "capture_content": True,
+    "stream_usage": False,
     "mask": None,
     "mask_scorer": None,
 }

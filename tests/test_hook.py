@@ -236,8 +236,8 @@ def test_when_openai_fails_the_caller_meets_what_the_bare_client_raises(
     "place",
     [
         "_record.visible",
-        "_record._request_attributes",
-        "_record._answer_attributes",
+        "_endpoints.chat.tools",
+        "_endpoints.chat.attributes",
         "_record._trust_attributes",
         "_live.root_has_ended",
     ],

@@ -10,10 +10,10 @@ import tlm_tracing
 PACKAGE = Path(tlm_tracing.__file__).parent
 FLOORS = [
     {"_data", "exceptions", "_live"},
-    {"_config", "_messages", "_streams", "_reducer", "_annotate", "_scope", "_limits"}
-    | {"_threads", "_visible", "report", "testing"},
+    {"_config", "_messages", "_endpoints", "_streams", "_annotate", "_scope", "_limits"}
+    | {"_patches", "_threads", "_visible", "report", "testing"},
     {"_record", "_scoring", "scorers"},
-    {"_asking", "_returned", "_pipeline"},
+    {"_asking", "_returned", "_pipeline", "_propagation"},
     {"_hook"},
     {"_span", "openai", "_demo"},
     {"cli", "__init__"},
@@ -21,11 +21,11 @@ FLOORS = [
 STEPS = {"_record", "_scoring", "scorers"}
 ROOMS = {
     "mlflow": {"_live", "_record", "_annotate", "_demo"},
-    "openai": {"_hook", "_streams", "openai", "_demo"},
+    "openai": {"_hook", "_streams", "_endpoints", "openai", "_demo"},
     "cleanlab_tlm": {"scorers"},
     "aiohttp": {"scorers", "testing"},
     "rich": {"report", "_demo"},
-    "wrapt": {"_hook"},
+    "wrapt": {"_patches"},
     "pytest": {"testing"},
 }
 ENVIRONMENT_READERS = {"_config", "_demo", "testing"}

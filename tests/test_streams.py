@@ -9,7 +9,7 @@ import openai
 import pytest
 
 import tlm_tracing as tt
-from tlm_tracing._reducer import reduce
+from tlm_tracing._endpoints.chat import assemble
 from tlm_tracing.openai import AsyncOpenAI, OpenAI
 
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
@@ -65,7 +65,7 @@ def test_a_stream_adds_up_to_the_answer_that_is_not_streamed(options):
         messages=QUESTION,
         **{"model": "gpt-4o", **{k: v for k, v in options.items() if k != "stream_options"}},
     ).model_dump(exclude_unset=True)
-    found = reduce(stream_of(client, **options))
+    found = assemble(stream_of(client, **options))
     assert found["model"] == wanted["model"]
     if "stream_options" in options:
         assert found["usage"] == wanted["usage"]

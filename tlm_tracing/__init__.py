@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from tlm_tracing._data import Trust
     from tlm_tracing._hook import autolog, wrap_openai
     from tlm_tracing._pipeline import flush
+    from tlm_tracing._propagation import propagate
     from tlm_tracing._returned import trust
     from tlm_tracing._scope import suppress
     from tlm_tracing._scoring import Stats, stats
@@ -33,6 +34,7 @@ __all__ = [
     "autolog",
     "configure",
     "flush",
+    "propagate",
     "stats",
     "suppress",
     "trust",
@@ -49,6 +51,7 @@ _HOMES = {
     "autolog": "_hook",
     "wrap_openai": "_hook",
     "flush": "_pipeline",
+    "propagate": "_propagation",
     "trust": "_returned",
     "suppress": "_scope",
     "Stats": "_scoring",

@@ -54,6 +54,9 @@ class Config:
         queue_size: Calls that may wait for a score; beyond it a call is unscored.
         enabled: False makes every way in a pass-through.
         capture_content: Whether messages and answers are recorded on spans.
+        stream_usage: Whether streamed chat completions are asked for their token usage
+            (``stream_options.include_usage``) if the caller did not; the extra chunk is kept
+            from the caller. It changes the request, and not every server knows it.
         mask: Applied to a copy of whatever is recorded as a span's inputs or outputs.
         mask_scorer: Applied to each text that leaves for the scorer.
     """
@@ -70,6 +73,7 @@ class Config:
     queue_size: int = 1000
     enabled: bool = True
     capture_content: bool = True
+    stream_usage: bool = False
     mask: Callable[[Any], Any] | None = None
     mask_scorer: Callable[[str], str] | None = None
 
@@ -88,7 +92,7 @@ class Config:
         if not callable(self.sample_rate):
             _number("sample_rate", self.sample_rate, least=0.0, most=1.0)
         _a_scorer(self.scorer)
-        for name in ("enabled", "capture_content"):
+        for name in ("enabled", "capture_content", "stream_usage"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigurationError(f"{name} must be True or False.")
         for name in ("mask", "mask_scorer"):
@@ -205,6 +209,7 @@ _PARSERS: Mapping[str, Callable[[str], Any]] = {
     "queue_size": int,
     "enabled": _boolean,
     "capture_content": _boolean,
+    "stream_usage": _boolean,
 }
 
 

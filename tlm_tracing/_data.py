@@ -44,6 +44,9 @@ class Trust:
         span_id: Id of the call's parent span.
         scorer: Name of the scorer, such as ``"cleanlab-tlm/medium"``.
         seconds: How long scoring took.
+        choices: With several choices, the trust in each of them in their order; the rest of
+            this trust is the first one's.
+        fields: The trust in each field of a structured answer, if the scorer gave it.
     """
 
     score: float | None = None
@@ -54,12 +57,25 @@ class Trust:
     span_id: str | None = None
     scorer: str | None = None
     seconds: float | None = None
+    choices: tuple[Trust, ...] = ()
+    fields: Mapping[str, Trust] | None = field(default=None, hash=False)
     _settled: Future[Trust] | None = field(default=None, repr=False, compare=False)
 
     @classmethod
     def unscored(cls, reason: str) -> Trust:
         """A trust without a score, and the word that says why."""
         return cls(status="unscored", reason=reason)
+
+    def untrustworthy_fields(self, threshold: float = 0.8) -> list[str]:
+        """The fields whose score is below a threshold, the least trustworthy first.
+
+        Args:
+            threshold: In [0, 1]; by default that of Cleanlab's own
+                ``TLMChatCompletion.get_untrustworthy_fields``.
+        """
+        scores = {name: trust.score for name, trust in (self.fields or {}).items()}
+        low = [name for name, score in scores.items() if score is not None and score < threshold]
+        return sorted(low, key=lambda name: scores[name] or 0.0)
 
     @property
     def current(self) -> Trust:
@@ -101,10 +117,13 @@ class Exchange:
 
     Attributes:
         request: The request body as sent (``messages``, ``model``, ``tools``, ...).
-        completion: The answer, an ``openai.types.chat.ChatCompletion``.
+        completion: The answer, an ``openai.types.chat.ChatCompletion`` with the one choice that
+            is to be scored, or an ``openai.types.responses.Response``.
         prompt: The whole prompt as one text: system prompt, history and tools included.
         response: The answer to be scored as one text.
         timeout: Seconds that the score may take.
+        response_format: The output format asked for, as chat completions put it; None for
+            free text.
     """
 
     request: Mapping[str, Any]
@@ -112,11 +131,12 @@ class Exchange:
     prompt: str
     response: str
     timeout: float
+    response_format: Mapping[str, Any] | None = None
 
 
 ScoreResult: TypeAlias = float | Trust | Mapping[str, Any]
 """What a scorer may return: a score, a Trust, or Cleanlab's dict
-``{"trustworthiness_score": float, "log": {"explanation": str}}``."""
+``{"trustworthiness_score": float, "log": {"explanation": str, "per_field_score": {...}}}``."""
 
 ScoreFunction: TypeAlias = Callable[[Mapping[str, Any], Any], Any]
 """A sync or async function ``(request, completion) -> float, Trust or dict``."""

@@ -2,33 +2,36 @@
 
 Every user-visible call passes it exactly once, on every route, and it leaves nothing behind.
 Process-wide it is wrapped on the classes while somebody wants it; per client it is overridden
-in a subclass that the client is moved to.
+in a subclass that the client is moved to. ``_prepare_request``, which openai calls for each
+attempt that ``request`` makes, tells of retries.
 """
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import functools
 import threading
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import openai
-import wrapt
+from openai._legacy_response import LegacyAPIResponse
 
-from tlm_tracing import _config, _pipeline, _record, _scope, _streams
+from tlm_tracing import _config, _endpoints, _patches, _pipeline, _record, _scope, _streams
 from tlm_tracing.exceptions import ConfigurationError
 
 ClientT = TypeVar("ClientT", bound="openai.OpenAI | openai.AsyncOpenAI")
 
-# Where a request body goes, and what OpenAI calls that operation.
-_OPERATIONS = {"/chat/completions": "chat.completions"}
-
-_RAW_HEADER = "X-Stainless-Raw-Response"
+_RAW = "X-Stainless-Raw-Response"
+_RETRIES = "x-stainless-retry-count"
 _SETTINGS = "_tlm_settings"
 
-_lock = threading.RLock()
-_users = 0
+_lock = threading.Lock()
 _process_settings: Mapping[str, Any] | None = None
+_running: contextvars.ContextVar[_pipeline.Call | None] = contextvars.ContextVar(
+    "tlm_tracing_call", default=None
+)
 
 
 def autolog(disable: bool = False, **settings: Any) -> None:
@@ -49,9 +52,9 @@ def autolog(disable: bool = False, **settings: Any) -> None:
         was_on = _process_settings is not None
         _process_settings = None if disable else dict(settings)
     if disable and was_on:
-        uninstall()
+        patches.uninstall()
     elif not disable and not was_on:
-        install()
+        patches.install()
 
 
 def wrap_openai(client: ClientT, **settings: Any) -> ClientT:
@@ -99,6 +102,7 @@ def traced_class(base: Any) -> Any:
         "__doc__": base.__doc__,
         _SETTINGS: {},
         "request": _async_method(base) if is_async else _sync_method(base),
+        "_prepare_request": _async_attempt(base) if is_async else _sync_attempt(base),
         "copy": functools.wraps(base.copy)(copy),
         "with_options": functools.wraps(base.copy)(copy),
     }
@@ -121,30 +125,22 @@ def _async_method(base: Any) -> Any:
     return request
 
 
-def install() -> None:
-    """Wrap the two classes, unless they are; each install is undone by one uninstall."""
-    global _users
-    with _lock:
-        _users += 1
-        for cls, wrapper in _WRAPPERS.items():
-            if not _leads_to_ours(cls):
-                wrapt.wrap_function_wrapper(cls, "request", wrapper)
+def _sync_attempt(base: Any) -> Any:
+    @functools.wraps(base._prepare_request)
+    def _prepare_request(self: Any, request: Any) -> None:
+        base._prepare_request(self, request)
+        _attempted(request)
+
+    return _prepare_request
 
 
-def uninstall() -> None:
-    """Take the wrappers off when nobody wants them any more."""
-    global _users
-    with _lock:
-        _users -= 1
-        if _users:
-            return
-        for cls in _WRAPPERS:
-            method = vars(cls).get("request")
-            if not _is_ours(method):
-                continue  # under another tool's: it stays, and does nothing
-            delattr(cls, "request")
-            if cls.request is not method.__wrapped__:
-                cls.request = method.__wrapped__
+def _async_attempt(base: Any) -> Any:
+    @functools.wraps(base._prepare_request)
+    async def _prepare_request(self: Any, request: Any) -> None:
+        await base._prepare_request(self, request)
+        _attempted(request)
+
+    return _prepare_request
 
 
 def _of_class(wrapped: Any, client: Any, args: Any, kwargs: Any) -> Any:
@@ -159,36 +155,47 @@ async def _of_async_class(wrapped: Any, client: Any, args: Any, kwargs: Any) -> 
     return await _arequest(wrapped, client, args, kwargs)
 
 
-_WRAPPERS: Mapping[Any, Any] = {
-    openai.OpenAI: _of_class,
-    openai.AsyncOpenAI: _of_async_class,
-}
+def _attempt_of_class(wrapped: Any, client: Any, args: Any, kwargs: Any) -> Any:
+    wrapped(*args, **kwargs)
+    if not hasattr(type(client), _SETTINGS):
+        _attempted(*args, **kwargs)
 
 
-def _is_ours(method: Any) -> bool:
-    return getattr(method, "_self_wrapper", None) in _WRAPPERS.values()
+async def _attempt_of_async_class(wrapped: Any, client: Any, args: Any, kwargs: Any) -> Any:
+    await wrapped(*args, **kwargs)
+    if not hasattr(type(client), _SETTINGS):
+        _attempted(*args, **kwargs)
 
 
-def _leads_to_ours(cls: Any) -> bool:
-    """Whether ours is there, if need be under what other tools have put on top."""
-    method = vars(cls).get("request")
-    while method is not None:
-        if _is_ours(method):
-            return True
-        method = getattr(method, "__wrapped__", None)
-    return False
+patches = _patches.Patches(
+    {
+        (openai.OpenAI, "request"): _of_class,
+        (openai.AsyncOpenAI, "request"): _of_async_class,
+        (openai.OpenAI, "_prepare_request"): _attempt_of_class,
+        (openai.AsyncOpenAI, "_prepare_request"): _attempt_of_async_class,
+    }
+)
+
+
+def _attempted(request: Any) -> None:
+    call = _running.get()
+    if call is not None and (number := request.headers.get(_RETRIES, "0")) != "0":
+        call.retried(int(number))
 
 
 def _request(wrapped: Any, client: Any, args: Any, kwargs: Any) -> Any:
     call = _begin(client, args, kwargs)
     if call is None:
         return wrapped(*args, **kwargs)
+    heard = _Heard(call, args, kwargs)
     try:
-        result = wrapped(*args, **_heard(kwargs))
+        result = wrapped(*args, **heard.kwargs)
     except BaseException as error:
         call.failed(error)
         raise
-    completion = _completion(call, result)
+    finally:
+        _running.set(None)
+    completion = heard.completion(result)
     if completion is None:
         return result
     given = call.answered(completion)
@@ -199,12 +206,15 @@ async def _arequest(wrapped: Any, client: Any, args: Any, kwargs: Any) -> Any:
     call = _begin(client, args, kwargs)
     if call is None:
         return await wrapped(*args, **kwargs)
+    heard = _Heard(call, args, kwargs)
     try:
-        result = await wrapped(*args, **_heard(kwargs))
+        result = await wrapped(*args, **heard.kwargs)
     except BaseException as error:
         call.failed(error)
         raise
-    completion = _completion(call, result)
+    finally:
+        _running.set(None)
+    completion = heard.completion(result)
     if completion is None:
         return result
     given = await call.aanswered(completion)
@@ -218,9 +228,9 @@ def _begin(client: Any, args: Any, kwargs: Any) -> _pipeline.Call | None:
     if (own is None and scope is None and _process_settings is None) or _scope.suppressed():
         return None
     with _pipeline.guarded("opening a call"):
-        options = kwargs["options"] if "options" in kwargs else args[1]
-        operation = _OPERATIONS.get(options.url) if options.method.lower() == "post" else None
-        if operation is None or not isinstance(options.json_data, Mapping):
+        options = _options(args, kwargs)
+        endpoint = _endpoints.at(options.url) if options.method.lower() == "post" else None
+        if endpoint is None or not isinstance(options.json_data, Mapping):
             return None
         config = _config.resolve(
             _process_settings or {},
@@ -229,13 +239,19 @@ def _begin(client: Any, args: Any, kwargs: Any) -> _pipeline.Call | None:
         )
         if config.enabled:
             _displace_autolog(options)
-            return _pipeline.Call(
-                dict(options.json_data),
+            call = _pipeline.Call(
+                {**options.json_data, **(options.extra_json or {})},
                 config,
-                operation=operation,
+                endpoint=endpoint,
                 provider=_provider(client),
             )
+            _running.set(call)
+            return call
     return None
+
+
+def _options(args: Any, kwargs: Any) -> Any:
+    return kwargs["options"] if "options" in kwargs else args[1]
 
 
 def _displace_autolog(options: Any) -> None:
@@ -250,42 +266,61 @@ def _displace_autolog(options: Any) -> None:
             }
 
 
-def _heard(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments that make a stream one that can be listened to."""
-    with _pipeline.guarded("preparing a stream"):
-        if kwargs.get("stream") and kwargs.get("stream_cls") is not None:
-            return {**kwargs, "stream_cls": _streams.traced(kwargs["stream_cls"])}
-    return kwargs
+class _Heard:
+    """What comes back of a request, heard on its way to the caller.
+
+    Attributes:
+        kwargs: The request's arguments, by which a stream is made that can be listened to.
+    """
+
+    def __init__(self, call: _pipeline.Call, args: Any, kwargs: dict[str, Any]) -> None:
+        self.kwargs = kwargs
+        self._call = call
+        self._hides_usage = False
+        with _pipeline.guarded("preparing a stream"):
+            if kwargs.get("stream") and kwargs.get("stream_cls") is not None:
+                self.kwargs = {**kwargs, "stream_cls": _streams.traced(kwargs["stream_cls"])}
+                self._hides_usage = call.wants_usage and _ask_for_usage(_options(args, kwargs))
+
+    def completion(self, result: Any) -> Any:
+        """The whole answer in a result; None if it comes later or never."""
+        call = self._call
+        with _pipeline.guarded("reading an answer"):
+            if isinstance(result, (openai.Stream, openai.AsyncStream)):
+                call.identified(result.response.headers)
+                _streams.listen(result, call, hides_usage=self._hides_usage)
+                return None
+            response = getattr(result, "http_response", None)
+            if response is None:
+                return result
+            call.identified(response.headers)
+            call.stream_opened(result)
+            if not response.is_closed or _streams.is_event_stream(response):
+                # The caller reads the body, if anybody does.
+                _streams.listen_to_body(response, call)
+                return None
+            return self._parsed(result)
+        call.unobserved()
+        return None
+
+    def _parsed(self, raw: Any) -> Any:
+        """The answer in a raw response: the very object that its caller gets by parsing it."""
+        if isinstance(raw, LegacyAPIResponse):
+            with contextlib.suppress(Exception):
+                # A structured output that is cut short, say, is the caller's to meet.
+                return raw.parse()
+        return self._call.endpoint.construct(raw.http_response.json())
 
 
-def _completion(call: _pipeline.Call, result: Any) -> Any:
-    """The whole answer in a result; None if it comes later or never."""
-    with _pipeline.guarded("reading an answer"):
-        if isinstance(result, (openai.Stream, openai.AsyncStream)):
-            _streams.listen(result, call)
-            return None
-        if not hasattr(result, "http_response"):
-            return result
-        if type(result).__name__ != "LegacyAPIResponse":
-            call.unobserved()  # with_streaming_response: the body is the caller's to read
-            return None
-        if isinstance(result.http_response.headers.get("content-type"), str) and (
-            "event-stream" in result.http_response.headers["content-type"]
-        ):
-            _streams.listen_when_parsed(result.http_response, call)
-            return None
-        return _parsed(result)
-    call.unobserved()
-    return None
-
-
-def _parsed(raw: Any) -> Any:
-    """The answer in a raw response: the very object that its caller gets by parsing it, too."""
-    try:
-        return raw.parse()
-    except Exception:
-        # A structured output that is cut short, say: the caller's to meet when they parse.
-        return openai.types.chat.ChatCompletion.construct(**raw.http_response.json())
+def _ask_for_usage(options: Any) -> bool:
+    """Have a stream end with its usage; gives whether its caller did not ask for that."""
+    body = options.json_data
+    asked = body.get("stream_options") or {}
+    is_raw = isinstance(options.headers, Mapping) and _RAW in options.headers
+    if "messages" not in body or is_raw or asked.get("include_usage"):
+        return False
+    options.json_data = {**body, "stream_options": {**asked, "include_usage": True}}
+    return True
 
 
 def _provider(client: Any) -> str:

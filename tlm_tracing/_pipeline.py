@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING, Any
 from tlm_tracing import _annotate, _asking, _record, _scope, _scoring, _threads
 from tlm_tracing._config import Config
 from tlm_tracing._data import Trust
+from tlm_tracing._endpoints import Endpoint
 from tlm_tracing._messages import Unscorable
-from tlm_tracing._returned import plain, remember
+from tlm_tracing._returned import answered, plain, remember
 from tlm_tracing._scoring import Verdict
 from tlm_tracing.exceptions import UntrustworthyResponseError
 
@@ -70,6 +71,7 @@ class Call:
     """One request to an LLM on its way through record, score and annotate.
 
     Attributes:
+        endpoint: Where it goes.
         request: The request body as sent.
         answer: The answer as plain data; None while the call runs.
         trust: The trust in its answer so far; None while the call runs.
@@ -80,29 +82,48 @@ class Call:
         request: Mapping[str, Any],
         config: Config,
         *,
+        endpoint: Endpoint,
         provider: str = "openai",
-        operation: str = "chat.completions",
     ) -> None:
         """Open the call's spans. Args as in :class:`~tlm_tracing._record.CallRecord`."""
         self.trust: Trust | None = None
         self.request = request
+        self.endpoint = endpoint
         self._config = config
         self._started = time.monotonic()
         self._scopes = scope.chain() if (scope := _scope.current()) else []
         self._record = _record.CallRecord(
-            request, operation=operation, provider=provider, config=config
+            request, endpoint=endpoint, provider=provider, config=config
         )
         self.answer: Any = None
         self._flag_only = False
         for scope in self._scopes:
             scope.calls.append(self)
 
+    @property
+    def wants_usage(self) -> bool:
+        """Whether streams are to tell their usage, asked for or not."""
+        return self._config.stream_usage
+
     # How a call goes on. Each is called once, by the hook or by a stream that ends.
+
+    def retried(self, number: int) -> None:
+        """The request is sent again, for the first, second, ... time."""
+        with guarded("recording a retry"):
+            self._record.retried(number)
+
+    def identified(self, headers: Mapping[str, str]) -> None:
+        """The response has begun."""
+        with guarded("recording a request id"):
+            self._record.identified(headers.get("x-request-id"))
 
     def failed(self, error: BaseException) -> None:
         """The request ended in an exception, which goes on to the caller as it is."""
         with guarded("recording a failed call", self._record.abandon):
-            self._record.failed(error)
+            self._record.identified(getattr(error, "request_id", None))
+            # A structured output that was cut short carries the answer with it.
+            self.answer = plain(getattr(error, "completion", None))
+            self._record.failed(error, self.answer)
             self._note(None, Verdict(Trust.unscored("call_failed")))
             self._close(None)
 
@@ -136,47 +157,33 @@ class Call:
         return await self._ahanded_over(completion, verdict)
 
     def stream_opened(self, stream: Any) -> None:
-        """The caller holds a stream, and may ask for the trust in it."""
+        """The caller holds a stream, or a raw response, and may ask for the trust in it."""
         remember(stream, self)
 
-    def stream_ended(self, heard: Heard) -> None:
-        """A stream is exhausted: score what it said."""
-        asked = self._stream_noted(heard)
+    def stream_ended(self, heard: Heard, outcome: str, error: BaseException | None = None) -> None:
+        """A stream has ended: score what it said, if that is the whole answer."""
+        asked = self._stream_noted(heard, outcome, error)
         if self._must_wait(None, asked):
             with self._leaving_early(None, asked):
                 verdict = asked.result()
             self._stream_concluded(verdict)
 
-    async def astream_ended(self, heard: Heard) -> None:
+    async def astream_ended(self, heard: Heard, outcome: str) -> None:
         """Same as :meth:`stream_ended`, but the event loop goes on meanwhile."""
-        asked = self._stream_noted(heard)
+        asked = self._stream_noted(heard, outcome)
         if self._must_wait(None, asked):
             with self._leaving_early(None, asked):
                 verdict = await asyncio.shield(asyncio.wrap_future(asked))
             self._stream_concluded(verdict)
 
-    def stream_left(
-        self,
-        heard: Heard,
-        outcome: str,
-        error: BaseException | None,
-        *,
-        elsewhere: bool,
-    ) -> None:
-        """A stream ended before its end: record what had come."""
+    def stream_dropped(self, heard: Heard) -> None:
+        """A stream is garbage, with or without the whole answer; nobody waits for its score."""
 
         def record() -> bool:
-            with guarded("recording a stream", self._record.abandon):
-                self.answer = plain(heard.completion())
-                self._note_llm(self._seconds_until(heard.first_at), outcome, error)
-                self._note(None, Verdict(Trust.unscored("partial_stream")))
-                self._close(self.answer)
+            self._go_on_alone(None, self._stream_noted(heard, "closed"))
             return True
 
-        if elsewhere:
-            _scoring.later(record)
-        else:
-            record()
+        _scoring.later(record)
 
     def unobserved(self) -> None:
         """The answer goes to the caller unread, so there is nothing to score."""
@@ -190,42 +197,38 @@ class Call:
     def _answer_noted(self, completion: Any) -> Future[Verdict]:
         with guarded("recording an answer"):
             self.answer = plain(completion)
-            request_id = getattr(completion, "_request_id", None)
-            self._record.answered(self.answer, request_id=request_id)
+            self._record.identified(getattr(completion, "_request_id", None))
+            self._record.answered(self.answer)
             return self._ask(completion)
-        return _verdict(Trust.unscored("scorer_error"))
+        return _scoring.unscored("scorer_error")
 
-    def _stream_noted(self, heard: Heard) -> Future[Verdict]:
+    def _stream_noted(
+        self, heard: Heard, outcome: str, error: BaseException | None = None
+    ) -> Future[Verdict]:
         with guarded("recording a stream"):
             self._flag_only = True
-            completion = heard.completion()
-            self.answer = plain(completion)
-            outcome = "complete" if heard.is_whole else "truncated"
-            self._note_llm(self._seconds_until(heard.first_at), outcome, None)
-            if outcome == "complete":
-                return self._ask(completion)
-            return _verdict(Trust.unscored("partial_stream"))
-        return _verdict(Trust.unscored("scorer_error"))
-
-    def _note_llm(
-        self, first_token: float | None, outcome: str, error: BaseException | None
-    ) -> None:
-        if error is None:
-            self._record.answered(self.answer, first_token=first_token, outcome=outcome)
-        else:
-            self._record.failed(error, self.answer, first_token=first_token, outcome=outcome)
-
-    def _seconds_until(self, moment: float | None) -> float | None:
-        return None if moment is None else moment - self._started
+            self.answer = heard.answer(self.endpoint)
+            answered(self.answer, self)
+            is_whole = self.answer is not None and self.endpoint.is_whole(self.answer)
+            outcome = _outcome(outcome, is_whole)
+            first = None if heard.first_at is None else heard.first_at - self._started
+            if error is not None:
+                self._record.failed(error, self.answer, first_token=first, outcome=outcome)
+            else:
+                self._record.answered(self.answer, first_token=first, outcome=outcome)
+            if self.answer is not None and outcome == "complete":
+                return self._ask(self.endpoint.construct(self.answer))
+            return _scoring.unscored("partial_stream")
+        return _scoring.unscored("scorer_error")
 
     def _ask(self, completion: Any) -> Future[Verdict]:
         """Ask for the score; the verdict may be there at once."""
         try:
-            asked = _asking.exchange(self.request, completion, self.answer, self._config)
+            asked = _asking.ask(self.endpoint, self.request, completion, self.answer, self._config)
         except Unscorable as nothing:
-            return _verdict(Trust.unscored(nothing.reason))
-        self._record.scoring_started(asked.prompt, asked.response)
-        return _asking.submit(asked, self._config)
+            return _scoring.unscored(nothing.reason)
+        self._record.scoring_started(asked.prompt, asked.responses, is_partial=asked.is_partial)
+        return asked.send()
 
     def _must_wait(self, completion: Any, asked: Future[Verdict]) -> bool:
         """Whether the caller waits for the verdict; if not, the call goes on without it."""
@@ -268,7 +271,7 @@ class Call:
 
     def _note(self, completion: Any, verdict: Verdict) -> None:
         """Write the verdict on the scoring span, the trace and the returned object."""
-        trust = replace(verdict.trust, trace_id=self._record.trace_id, span_id=self._record.span_id)
+        trust = _placed(verdict.trust, self._record)
         self._record.scored(trust, None if verdict.error is None else str(verdict.error))
         self.trust = trust
         _scoring.count(trust)
@@ -352,6 +355,22 @@ class Call:
         return given
 
 
+def _placed(trust: Trust, record: _record.CallRecord) -> Trust:
+    """A trust, and where its proof is."""
+    choices = tuple(_placed(choice, record) for choice in trust.choices)
+    return replace(trust, trace_id=record.trace_id, span_id=record.span_id, choices=choices)
+
+
+def _outcome(outcome: str, is_whole: bool) -> str:
+    """How a stream ended for those who care for the answer.
+
+    A caller who stops at its last chunk, before the body's end, has all of it.
+    """
+    if outcome in ("exhausted", "closed") and is_whole:
+        return "complete"
+    return {"exhausted": "truncated", "closed": "abandoned"}.get(outcome, outcome)
+
+
 @dataclass
 class _Decision:
     """What the caller gets."""
@@ -381,9 +400,3 @@ def flush(timeout: float | None = None) -> bool:
 
     _threads.run_beside("flush", export)
     return exported.wait(None if until is None else max(0.0, until - time.monotonic()))
-
-
-def _verdict(trust: Trust) -> Future[Verdict]:
-    verdict: Future[Verdict] = Future()
-    verdict.set_result(Verdict(trust))
-    return verdict

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import mlflow
-from mlflow.entities import LiveSpan, Span, SpanStatus, SpanStatusCode
+from mlflow.entities import LiveSpan, Span, SpanEvent, SpanStatus, SpanStatusCode
 from mlflow.tracing.client import TracingClient
 from mlflow.tracing.provider import (
     detach_span_from_context,
@@ -21,13 +21,13 @@ from mlflow.tracing.provider import (
 from tlm_tracing import _live
 from tlm_tracing._config import Config
 from tlm_tracing._data import Trust
+from tlm_tracing._endpoints import Endpoint
 from tlm_tracing._visible import shape, visible
 
 _NO_OP_TRACE_ID = "MLFLOW_NO_OP_SPAN_TRACE_ID"
 # As MLflow stores and shows them.
 _MESSAGE_FORMAT = "mlflow.message.format"
 _TOOLS = "mlflow.chat.tools"
-_USAGE = "mlflow.chat.tokenUsage"
 _TRACEPARENT = re.compile("[0-9a-f]{2}-([0-9a-f]{32})-([0-9a-f]{16})-[0-9a-f]{2}")
 
 Rest = Callable[[], bool]
@@ -94,7 +94,7 @@ class CallRecord(_Record):
         self,
         request: Mapping[str, Any],
         *,
-        operation: str,
+        endpoint: Endpoint,
         provider: str,
         config: Config,
     ) -> None:
@@ -102,42 +102,52 @@ class CallRecord(_Record):
 
         Args:
             request: The request body as sent.
-            operation: OpenAI's name of the operation, ``"chat.completions"``.
+            endpoint: Where it goes.
             provider: ``"openai"`` or ``"azure"``.
             config: The settings in force.
         """
-        model = str(request.get("model", ""))
-        super().__init__(f"{_VERB[operation]} {model}".strip(), config)
-        self._llm = _start(f"openai.{operation}", "CHAT_MODEL", self._span)
+        model = str(request.get("model") or "")
+        super().__init__(f"{endpoint.VERB} {model}".strip(), config)
+        self._endpoint = endpoint
+        self._llm = _start(f"openai.{endpoint.NAME}", "CHAT_MODEL", self._span)
         self._scoring: LiveSpan | None = None
         try:
             recorded = self._visible(request)
             for span in (self._span, self._llm):
                 span.set_inputs(recorded)
                 span.set_attribute(_MESSAGE_FORMAT, "openai")
-            self._llm.set_attributes(_request_attributes(model, provider, recorded))
+            # Tools from the request as it may be seen: their descriptions are content, too.
+            tools = endpoint.tools(recorded) if isinstance(recorded, Mapping) else None
+            self._note({"mlflow.llm.provider": provider, "mlflow.llm.model": model, _TOOLS: tools})
         except BaseException:
             self.abandon()
             raise
 
+    def retried(self, number: int) -> None:
+        """Note that the request is sent again, for the first, second, ... time."""
+        self._note({"http.request.resend_count": number})
+        event: Any = SpanEvent
+        self._llm.add_event(event("retry", attributes={"http.request.resend_count": number}))
+
+    def identified(self, request_id: str | None) -> None:
+        """Note OpenAI's ``x-request-id``."""
+        self._note({"openai.request_id": request_id})
+
     def answered(
-        self,
-        answer: Any,
-        *,
-        request_id: str | None = None,
-        first_token: float | None = None,
-        outcome: str | None = None,
+        self, answer: Any, *, first_token: float | None = None, outcome: str | None = None
     ) -> None:
         """Close the LLM span with its answer.
 
         Args:
-            answer: The completion as plain data.
-            request_id: OpenAI's ``x-request-id``.
-            first_token: Seconds from the request to a stream's first chunk.
+            answer: The answer as plain data.
+            first_token: Seconds from the request to the first piece of a streamed answer.
             outcome: How a stream ended: ``"complete"``, ``"truncated"``, ``"abandoned"``,
                 ``"cancelled"`` or ``"error"``.
         """
-        self._note_answer(answer, request_id, first_token, outcome)
+        self._note_answer(answer, first_token, outcome)
+        if isinstance(answer, Mapping) and (failure := self._endpoint.failure(answer)) is not None:
+            for span in (self._llm, self._span):
+                _set_error(span, failure)
         self._llm.end()
 
     def failed(
@@ -149,15 +159,26 @@ class CallRecord(_Record):
         outcome: str | None = None,
     ) -> None:
         """Close the LLM span as failed, with as much of the answer as had come."""
-        self._note_answer(answer, None, first_token, outcome)
+        self._note_answer(answer, first_token, outcome)
         _mark_failed(self._llm, error)
         self._llm.end()
         _set_error(self._span, _named(error))
 
-    def scoring_started(self, prompt: str, response: str) -> None:
-        """Open the scoring span with the texts as they are scored."""
+    def scoring_started(self, prompt: str, responses: list[str], *, is_partial: bool) -> None:
+        """Open the scoring span with the texts as they are scored.
+
+        Args:
+            prompt: The prompt.
+            responses: The answer; with several choices, each of them.
+            is_partial: Whether the prompt lacks turns that only OpenAI knows.
+        """
         self._scoring = _start("tlm.trustworthiness", "EVALUATOR", self._span)
-        self._scoring.set_inputs(self._visible({"prompt": prompt, "response": response}))
+        texts: dict[str, Any] = {"prompt": prompt, "response": responses[0]}
+        if len(responses) > 1:
+            texts["choices"] = responses
+        self._scoring.set_inputs(self._visible(texts))
+        if is_partial:
+            self._scoring.set_attribute("tlm.prompt_is_partial", True)
 
     def scored(self, trust: Trust, detail: str | None = None) -> None:
         """Close the scoring span.
@@ -169,15 +190,12 @@ class CallRecord(_Record):
         span = self._scoring
         if span is None:
             return
-        outputs = {
-            "trust_score": trust.score,
-            "explanation": trust.explanation,
-            "status": trust.status,
-            "reason": trust.reason,
-        }
-        span.set_outputs(
-            self._visible({key: value for key, value in outputs.items() if value is not None})
-        )
+        outputs = _told(trust)
+        if trust.choices:
+            outputs["choices"] = [_told(choice) for choice in trust.choices]
+        if trust.fields:
+            outputs["fields"] = {name: _told(field) for name, field in trust.fields.items()}
+        span.set_outputs(self._visible(outputs))
         span.set_attributes(_trust_attributes(trust))
         if trust.status == "unscored":
             _set_error(span, detail or str(trust.reason))
@@ -208,22 +226,25 @@ class CallRecord(_Record):
                 with contextlib.suppress(Exception):
                     span.end()
 
-    def _note_answer(
-        self,
-        answer: Any,
-        request_id: str | None,
-        first_token: float | None,
-        outcome: str | None,
-    ) -> None:
+    def _note_answer(self, answer: Any, first_token: float | None, outcome: str | None) -> None:
         if answer is not None:
             self._llm.set_outputs(self._visible(answer))
-        attributes = _answer_attributes(answer) if isinstance(answer, Mapping) else {}
-        attributes["openai.request_id"] = request_id
-        attributes["time_to_first_token"] = first_token
-        attributes["stream.outcome"] = outcome
-        self._llm.set_attributes(
-            {key: value for key, value in attributes.items() if value is not None}
-        )
+        if isinstance(answer, Mapping):
+            self._note(
+                {
+                    "mlflow.llm.model": answer.get("model"),
+                    "gen_ai.response.id": answer.get("id"),
+                    "gen_ai.response.model": answer.get("model"),
+                    "openai.response.service_tier": answer.get("service_tier"),
+                    **self._endpoint.attributes(answer),
+                }
+            )
+        self._note({"time_to_first_token": first_token, "stream.outcome": outcome})
+
+    def _note(self, attributes: Mapping[str, Any]) -> None:
+        """Set those attributes of the LLM span that are known."""
+        known = {key: value for key, value in attributes.items() if value not in (None, "", [])}
+        self._llm.set_attributes(known)
 
 
 class BlockRecord(_Record):
@@ -260,6 +281,22 @@ def displace(traceparent: str) -> bool:
     return found is not None and _live.discard(int(found[1], 16), found[2])
 
 
+def active() -> Any:
+    """MLflow's active span in this context; None if there is none."""
+    return mlflow.get_current_active_span()
+
+
+@contextlib.contextmanager
+def activated(span: Any) -> Iterator[None]:
+    """A span that was active elsewhere is MLflow's active one inside."""
+    token = None if span is None else set_span_in_context(span)
+    try:
+        yield
+    finally:
+        if token is not None:
+            detach_span_from_context(token)
+
+
 @contextlib.contextmanager
 def silenced() -> Iterator[None]:
     """MLflow's own tracing is off inside: a scorer's calls are not the application's."""
@@ -270,9 +307,6 @@ def silenced() -> Iterator[None]:
 def flush() -> None:
     """Have MLflow write what it holds back for asynchronous export."""
     mlflow.flush_trace_async_logging()
-
-
-_VERB = {"chat.completions": "chat"}
 
 
 def _start(name: str, kind: str, parent: LiveSpan | None) -> LiveSpan:
@@ -299,46 +333,14 @@ def _active_span_has_ended() -> bool:
     return getattr(get_current_otel_span(), "end_time", None) is not None
 
 
-def _request_attributes(model: str, provider: str, recorded: Any) -> dict[str, Any]:
-    attributes: dict[str, Any] = {"mlflow.llm.provider": provider}
-    if model:
-        attributes["mlflow.llm.model"] = model
-    # From the request as it may be seen: a tool's description is content, too.
-    if isinstance(recorded, Mapping) and (tools := recorded.get("tools")):
-        attributes[_TOOLS] = tools
-    return attributes
-
-
-def _answer_attributes(answer: Mapping[str, Any]) -> dict[str, Any]:
-    """By OpenTelemetry's GenAI conventions where they have a name, else OpenAI's."""
-    choices = answer.get("choices") or []
-    return {
-        "mlflow.llm.model": answer.get("model"),
-        _USAGE: _usage(answer.get("usage")),
-        "gen_ai.response.id": answer.get("id"),
-        "gen_ai.response.model": answer.get("model"),
-        "gen_ai.response.finish_reasons": [
-            choice.get("finish_reason") for choice in choices if isinstance(choice, Mapping)
-        ]
-        or None,
-        "openai.response.system_fingerprint": answer.get("system_fingerprint"),
-        "openai.response.service_tier": answer.get("service_tier"),
+def _told(trust: Trust) -> dict[str, Any]:
+    outputs = {
+        "trust_score": trust.score,
+        "explanation": trust.explanation,
+        "status": trust.status,
+        "reason": trust.reason,
     }
-
-
-def _usage(usage: Any) -> dict[str, int] | None:
-    if not isinstance(usage, Mapping):
-        return None
-    details = usage.get("prompt_tokens_details")
-    counts = {
-        "input_tokens": usage.get("prompt_tokens"),
-        "output_tokens": usage.get("completion_tokens"),
-        "total_tokens": usage.get("total_tokens"),
-        "cache_read_input_tokens": details.get("cached_tokens")
-        if isinstance(details, Mapping)
-        else None,
-    }
-    return {key: count for key, count in counts.items() if isinstance(count, int)}
+    return {key: value for key, value in outputs.items() if value is not None}
 
 
 def _trust_attributes(trust: Trust) -> dict[str, Any]:
@@ -348,6 +350,7 @@ def _trust_attributes(trust: Trust) -> dict[str, Any]:
         "tlm.reason": trust.reason,
         "tlm.scorer": trust.scorer,
         "tlm.seconds": trust.seconds,
+        "tlm.untrustworthy_fields": trust.untrustworthy_fields() if trust.fields else None,
     }
     return {key: value for key, value in attributes.items() if value is not None}
 

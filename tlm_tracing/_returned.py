@@ -13,6 +13,9 @@ from tlm_tracing._data import Trust
 from tlm_tracing._scope import ScopedCall
 
 _calls: dict[int, tuple[weakref.ref[Any], ScopedCall]] = {}
+# By OpenAI's id of the answer: what a stream's helper or a raw response makes of it is another
+# object. Kept for as long as the stream or the response itself.
+_by_answer: weakref.WeakValueDictionary[str, ScopedCall] = weakref.WeakValueDictionary()
 
 
 def plain(completion: Any) -> Any:
@@ -36,17 +39,30 @@ def remember(obj: Any, call: ScopedCall) -> None:
     with contextlib.suppress(TypeError):
         _calls[id(obj)] = (weakref.ref(obj, functools.partial(_forget, id(obj))), call)
     trust = call.trust
-    if trust is not None and trust.score is not None and hasattr(obj, "choices"):
-        log = {} if trust.explanation is None else {"explanation": trust.explanation}
+    is_answer = hasattr(obj, "choices") or hasattr(obj, "output")
+    if trust is not None and trust.score is not None and is_answer:
         # Cleanlab's own convention, so that their helpers accept the object.
-        obj.tlm_metadata = {"trustworthiness_score": trust.score, "log": log}
+        obj.tlm_metadata = {"trustworthiness_score": trust.score, "log": _log(trust)}
+
+
+def _log(trust: Trust) -> dict[str, Any]:
+    log: dict[str, Any] = {}
+    if trust.explanation is not None:
+        log["explanation"] = trust.explanation
+    if trust.fields:
+        log["per_field_score"] = {
+            name: {"score": field.score, "explanation": field.explanation}
+            for name, field in trust.fields.items()
+        }
+    return log
 
 
 def trust(obj: Any) -> Trust | None:
     """How far an answer can be trusted.
 
     Args:
-        obj: A ``ChatCompletion`` as returned, a stream after its end, or a trace id.
+        obj: A ``ChatCompletion`` or ``Response`` as returned, a stream or a raw response after
+            it was read, or a trace id.
 
     Returns:
         Its trust, pending in background mode until the score is in; None if nothing is known.
@@ -65,7 +81,15 @@ def trust(obj: Any) -> Trust | None:
             score=metadata.get("trustworthiness_score"),
             explanation=(metadata.get("log") or {}).get("explanation"),
         )
-    return None
+    answer_id = getattr(obj, "id", None)
+    call = _by_answer.get(answer_id) if isinstance(answer_id, str) else None
+    return None if call is None else call.trust
+
+
+def answered(answer: Any, call: ScopedCall) -> None:
+    """Let :func:`trust` find the call's trust by another object with the same answer."""
+    if isinstance(answer, Mapping) and isinstance(answer.get("id"), str):
+        _by_answer[answer["id"]] = call
 
 
 def _forget(key: int, _: weakref.ref[Any]) -> None:

@@ -76,6 +76,19 @@ def current() -> Scope | None:
     return scope
 
 
+@contextlib.contextmanager
+def entered(scope: Scope | None) -> Iterator[None]:
+    """A scope that was made elsewhere is the innermost one inside."""
+    if scope is None:
+        yield
+        return
+    before = scope.enter()
+    try:
+        yield
+    finally:
+        scope.leave(before)
+
+
 def suppressed() -> bool:
     """Whether calls in this context are to be left alone."""
     return _suppressed.get()

@@ -150,6 +150,13 @@ def submit(find: Find, ask: Ask, config: Config) -> Future[Verdict]:
     return verdict
 
 
+def unscored(reason: str) -> Future[Verdict]:
+    """The verdict on what is not even sent to a scorer."""
+    verdict: Future[Verdict] = Future()
+    verdict.set_result(Verdict(Trust.unscored(reason)))
+    return verdict
+
+
 def count(trust: Trust) -> None:
     """Count a settled call."""
     with _runtime.lock:
@@ -191,10 +198,18 @@ def drain(timeout: float | None) -> bool:
         timeout: Seconds to wait at most; None waits for as long as it takes.
     """
     until = None if timeout is None else time.monotonic() + timeout
-    with _runtime.settled:
-        if not _runtime.settled.wait_for(lambda: _runtime.pending == 0, timeout):
+
+    def left() -> float | None:
+        return None if until is None else max(0.0, until - time.monotonic())
+
+    while True:
+        with _runtime.settled:
+            if not _runtime.settled.wait_for(lambda: _runtime.pending == 0, left()):
+                return False
+        if not _runtime.chores.wait(left()):
             return False
-    return _runtime.chores.wait(None if until is None else max(0.0, until - time.monotonic()))
+        if _runtime.pending == 0:  # a chore may have asked for another score
+            return True
 
 
 async def _settle(find: Find, ask: Ask, config: Config, verdict: Future[Verdict]) -> None:
@@ -323,10 +338,28 @@ def as_trust(result: Any) -> Trust:
         return replace(result, score=_checked(result.score), status="scored", reason=None)
     if isinstance(result, Mapping):
         log = result.get("log")
-        explanation = log.get("explanation") if isinstance(log, Mapping) else None
-        score = _checked(result.get("trustworthiness_score"))
-        return Trust(score=score, explanation=None if explanation is None else str(explanation))
+        log = log if isinstance(log, Mapping) else {}
+        explanation = log.get("explanation")
+        return Trust(
+            score=_checked(result.get("trustworthiness_score")),
+            explanation=None if explanation is None else str(explanation),
+            fields=_fields(log.get("per_field_score")),
+        )
     return Trust(score=_checked(result))
+
+
+def _fields(scores: Any) -> Mapping[str, Trust] | None:
+    """Cleanlab's ``per_field_score``; what of it is no score is left out."""
+    if not isinstance(scores, Mapping):
+        return None
+    fields: dict[str, Trust] = {}
+    for name, told in scores.items():
+        if isinstance(told, Mapping):
+            with contextlib.suppress(ScoringError):
+                fields[str(name)] = Trust(
+                    score=_checked(told.get("score")), explanation=told.get("explanation")
+                )
+    return fields or None
 
 
 def _checked(value: Any) -> float:

@@ -74,11 +74,12 @@ class TrustedSpan:
             getattr(self._record, what)(value)
 
     def _open(self, name: str, inputs: Any, config: _config.Config) -> None:
-        from tlm_tracing import _hook, _pipeline, _record
+        from tlm_tracing import _hook, _pipeline, _propagation, _record
 
         with _pipeline.guarded("opening a trusted block"):
             record = _record.BlockRecord(name, inputs, config)
-            _hook.install()
+            _hook.patches.install()
+            _propagation.pools.install()
             self._record = record
 
     @contextlib.contextmanager
@@ -105,10 +106,11 @@ class TrustedSpan:
         self._scope.open = False
         if self._record is None:
             return
-        from tlm_tracing import _hook, _pipeline, _scoring
+        from tlm_tracing import _hook, _pipeline, _propagation, _scoring
 
         with _pipeline.guarded("closing a trusted block"):
-            _hook.uninstall()
+            _propagation.pools.uninstall()
+            _hook.patches.uninstall()
             self._adopt_from_calls()
             rest = self._record.close(error)
             if rest is not None:

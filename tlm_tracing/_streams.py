@@ -1,23 +1,25 @@
 """A stream's life cycle.
 
 Chunks pass through untouched; per chunk nothing happens but keeping a reference. A stream ends
-exactly once for the record, however it ends: exhausted, failed, closed, or dropped.
+exactly once for the record, however it ends: exhausted, failed, closed, or dropped. A raw
+response is heard by its body, as its caller reads it, until a stream is made of it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import functools
+import json
 import threading
 import time
 import weakref
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any, Protocol
 
 from openai import AsyncStream, Stream
-from openai.types.chat import ChatCompletion
+from openai._streaming import SSEDecoder
 
-from tlm_tracing._reducer import reduce
+from tlm_tracing._endpoints import Endpoint
 
 
 class Heard:
@@ -25,90 +27,109 @@ class Heard:
 
     Attributes:
         chunks: Every chunk, in order.
-        first_at: When the first one came, by ``time.monotonic``; None before.
+        first_at: When the first piece of the answer came, by ``time.monotonic``; None before.
     """
 
-    __slots__ = ("chunks", "first_at")
+    __slots__ = ("_is_token", "chunks", "first_at")
 
-    def __init__(self) -> None:
+    def __init__(self, is_token: Callable[[Any], bool]) -> None:
         self.chunks: list[Any] = []
         self.first_at: float | None = None
+        self._is_token = is_token
 
-    def completion(self) -> ChatCompletion | None:
-        """The answer so far; None before the first chunk."""
-        return ChatCompletion.construct(**reduce(self.chunks)) if self.chunks else None
+    def add(self, chunk: Any) -> None:
+        """Keep a chunk."""
+        if self.first_at is None and self._is_token(chunk):
+            self.first_at = time.monotonic()
+        self.chunks.append(chunk)
 
-    @property
-    def is_whole(self) -> bool:
-        """Whether every choice was finished: a body can end early but cleanly."""
-        reasons = [choice["finish_reason"] for choice in reduce(self.chunks)["choices"]]
-        return bool(reasons) and all(reasons)
+    def answer(self, endpoint: Endpoint) -> dict[str, Any] | None:
+        """The answer so far as plain data; None before the first chunk."""
+        return endpoint.assemble(self.chunks) if self.chunks else None
+
+
+class _HeardBody(Heard):
+    """The same of a response's body, whose chunks are bytes as they came."""
+
+    __slots__ = ("_headers", "_is_events", "_kind")
+
+    def __init__(self, response: Any) -> None:
+        super().__init__(bool)
+        self._kind = type(response)
+        self._headers = response.headers
+        self._is_events = is_event_stream(response)
+
+    def answer(self, endpoint: Endpoint) -> dict[str, Any] | None:
+        """The answer so far: of events, what has come; of JSON, all or nothing."""
+        try:
+            body = self._kind(200, headers=self._headers, content=b"".join(self.chunks))
+            content = body.content  # decompressed
+            if not self._is_events:
+                whole = json.loads(content)
+                return whole if isinstance(whole, dict) else None
+            events = SSEDecoder().iter_bytes(iter([content]))
+            chunks = [json.loads(event.data) for event in events if event.data[:1] == "{"]
+        except Exception:  # cut off in the middle
+            return None
+        return endpoint.assemble(chunks) if chunks else None
 
 
 class Listener(Protocol):
     """Who is told of a stream: that it is there, and then once, how it ended."""
 
+    @property
+    def endpoint(self) -> Endpoint:
+        """Where it comes from."""
+
     def stream_opened(self, stream: Any) -> None:
         """It was handed to the caller."""
 
-    def stream_ended(self, heard: Heard) -> None:
-        """It was exhausted."""
-
-    async def astream_ended(self, heard: Heard) -> None:
-        """It was exhausted; the async twin."""
-
-    def stream_left(
-        self,
-        heard: Heard,
-        outcome: str,
-        error: BaseException | None,
-        *,
-        elsewhere: bool,
-    ) -> None:
-        """It was left before its end.
+    def stream_ended(self, heard: Heard, outcome: str, error: BaseException | None = None) -> None:
+        """It has ended.
 
         Args:
             heard: What had come.
-            outcome: ``"abandoned"``, ``"cancelled"`` or ``"error"``.
+            outcome: ``"exhausted"``, ``"closed"``, ``"cancelled"`` or ``"error"``.
             error: What ended it, if it was an exception.
-            elsewhere: Whether this may be the garbage collector, in any thread and inside any
-                lock, so that nothing may be done here.
+        """
+
+    async def astream_ended(self, heard: Heard, outcome: str) -> None:
+        """It was exhausted or closed; the async twin."""
+
+    def stream_dropped(self, heard: Heard) -> None:
+        """It was dropped.
+
+        This may be the garbage collector, in any thread and inside any lock, so that nothing may
+        be done here.
         """
 
 
 class _Watch:
     """Watches one stream for its listener."""
 
-    def __init__(self, listener: Listener) -> None:
-        self.heard = Heard()
+    def __init__(self, listener: Listener, heard: Heard, *, hides_usage: bool = False) -> None:
+        self.heard = heard
         self.listener = listener
+        self.hides_usage = hides_usage
         self._ended = False
         self._lock = threading.Lock()
 
-    def left(
-        self,
-        outcome: str,
-        error: BaseException | None = None,
-        *,
-        elsewhere: bool = False,
-    ) -> None:
+    def ended(self, outcome: str) -> None:
         if self._is_first():
-            self.listener.stream_left(self.heard, outcome, error, elsewhere=elsewhere)
+            self.listener.stream_ended(self.heard, outcome)
+
+    async def aended(self, outcome: str) -> None:
+        if self._is_first():
+            await self.listener.astream_ended(self.heard, outcome)
 
     def interrupted(self, error: BaseException) -> None:
         stopped = isinstance(error, (asyncio.CancelledError, KeyboardInterrupt, SystemExit))
-        self.left("cancelled" if stopped else "error", error)
+        if self._is_first():
+            self.listener.stream_ended(self.heard, "cancelled" if stopped else "error", error)
 
     def dropped(self) -> None:
-        self.left("abandoned", elsewhere=True)
-
-    def exhausted(self) -> None:
         if self._is_first():
-            self.listener.stream_ended(self.heard)
-
-    async def aexhausted(self) -> None:
-        if self._is_first():
-            await self.listener.astream_ended(self.heard)
+            self.listener.stream_dropped(self.heard)
 
     def _is_first(self) -> bool:
         # A collector's finalizer may interrupt the holder of this lock in its own thread; it
@@ -122,14 +143,38 @@ class _Watch:
             self._lock.release()
 
 
-def listen(stream: Stream[Any] | AsyncStream[Any], listener: Listener) -> None:
+def is_event_stream(response: Any) -> bool:
+    """Whether a response's body is a stream of events."""
+    kind = response.headers.get("content-type")
+    return isinstance(kind, str) and "event-stream" in kind
+
+
+def listen(
+    stream: Stream[Any] | AsyncStream[Any], listener: Listener, *, hides_usage: bool = False
+) -> None:
     """Have a listener told how a stream ends.
 
     Args:
         stream: One that was made by a class from :func:`traced`.
         listener: Who is told.
+        hides_usage: Whether the caller did not ask for the chunk that tells the usage.
     """
-    _follow(stream, _watch(stream, listener))
+    watch = _Watch(listener, Heard(listener.endpoint.is_token), hides_usage=hides_usage)
+    _follow(stream, watch)
+
+
+def listen_to_body(response: Any, listener: Listener) -> None:
+    """Have a listener told what the caller reads of a raw response, if ever.
+
+    Args:
+        response: The HTTP response, its body not read yet.
+        listener: Who is told.
+    """
+    watch = _Watch(listener, _HeardBody(response))
+    weakref.finalize(response, watch.dropped).atexit = False
+    stream_cls: Any = type(response.stream)
+    tap = _tapped(stream_cls)(response.stream, watch)
+    response.stream, response._tlm_tap = tap, tap
 
 
 @functools.lru_cache(maxsize=32)
@@ -156,28 +201,20 @@ def traced(stream_cls: Any) -> Any:
     return Traced
 
 
-def listen_when_parsed(response: Any, listener: Listener) -> None:
-    """Have a listener told of the stream that will be made of a raw response, if ever."""
-    response._tlm_watch = _watch(response, listener)
-
-
-def _watch(source: Any, listener: Listener) -> _Watch:
-    """A watch that hears of it when its source is dropped."""
-    watch = _Watch(listener)
-    weakref.finalize(source, watch.dropped).atexit = False
-    return watch
-
-
 def _made(stream: Any, stream_cls: Any) -> None:
     """A new stream takes the class that it would have without us."""
     stream.__class__ = getattr(stream_cls, "__origin__", stream_cls)
-    watch = stream.response.__dict__.pop("_tlm_watch", None)
-    if watch is not None:
-        _follow(stream, watch)
+    tap: _Tap | None = stream.response.__dict__.pop("_tlm_tap", None)
+    if tap is not None:
+        # From here on its chunks are heard, and no more its bytes.
+        tap.is_heard = False
+        tap.watch.heard = Heard(tap.watch.listener.endpoint.is_token)
+        _follow(stream, tap.watch)
 
 
 def _follow(stream: Any, watch: _Watch) -> None:
     stream._tlm_watch = watch
+    weakref.finalize(stream, watch.dropped).atexit = False
     tell = _tell_aclose if isinstance(stream, AsyncStream) else _tell_close
     tell(stream.response, watch, stream._tlm_inner)
     watch.listener.stream_opened(stream)
@@ -188,21 +225,19 @@ def _heard(stream: Any, inner: Iterator[Any]) -> Iterator[Any]:
     if watch is None:
         yield from inner
         return
-    heard = watch.heard
-    keep = heard.chunks.append
+    add = watch.heard.add
     try:
         for chunk in inner:
-            if heard.first_at is None:
-                heard.first_at = time.monotonic()
-            keep(chunk)
-            yield chunk
+            add(chunk)
+            if not (watch.hides_usage and _tells_usage_alone(chunk)):
+                yield chunk
     except GeneratorExit:
         watch.dropped()
         raise
     except BaseException as error:
         watch.interrupted(error)
         raise
-    watch.exhausted()
+    watch.ended("exhausted")
 
 
 async def _aheard(stream: Any, inner: AsyncIterator[Any]) -> AsyncIterator[Any]:
@@ -211,21 +246,23 @@ async def _aheard(stream: Any, inner: AsyncIterator[Any]) -> AsyncIterator[Any]:
         async for chunk in inner:
             yield chunk
         return
-    heard = watch.heard
-    keep = heard.chunks.append
+    add = watch.heard.add
     try:
         async for chunk in inner:
-            if heard.first_at is None:
-                heard.first_at = time.monotonic()
-            keep(chunk)
-            yield chunk
+            add(chunk)
+            if not (watch.hides_usage and _tells_usage_alone(chunk)):
+                yield chunk
     except GeneratorExit:
         watch.dropped()
         raise
     except BaseException as error:
         watch.interrupted(error)
         raise
-    await watch.aexhausted()
+    await watch.aended("exhausted")
+
+
+def _tells_usage_alone(chunk: Any) -> bool:
+    return not getattr(chunk, "choices", None) and getattr(chunk, "usage", None) is not None
 
 
 def _tell_close(response: Any, watch: _Watch, inner: Any) -> None:
@@ -239,7 +276,7 @@ def _tell_close(response: Any, watch: _Watch, inner: Any) -> None:
             return original()
         finally:
             if not inner.gi_running:
-                watch.left("abandoned")
+                watch.ended("closed")
 
     response.close = close
 
@@ -253,6 +290,78 @@ def _tell_aclose(response: Any, watch: _Watch, inner: Any) -> None:
             return await original()
         finally:
             if not inner.ag_running:
-                watch.left("abandoned")
+                await watch.aended("closed")
 
     response.aclose = aclose
+
+
+@functools.lru_cache(maxsize=32)
+def _tapped(stream_cls: Any) -> Any:
+    """A class of byte streams that can be heard, of the HTTP library's own kind."""
+    is_async = hasattr(stream_cls, "__aiter__")
+    base = next(
+        cls for cls in stream_cls.__mro__ if cls.__name__ in ("SyncByteStream", "AsyncByteStream")
+    )
+    return type(base.__name__, (_AsyncTap if is_async else _SyncTap, base), {})
+
+
+class _Tap:
+    """Hears the body of a response as its caller reads it.
+
+    Attributes:
+        watch: Who is told.
+        is_heard: Whether it still does.
+    """
+
+    def __init__(self, stream: Any, watch: _Watch) -> None:
+        self._stream = stream
+        self.watch = watch
+        self.is_heard = True
+
+
+class _SyncTap(_Tap):
+    def __iter__(self) -> Iterator[bytes]:
+        try:
+            for piece in self._stream:
+                if self.is_heard:
+                    self.watch.heard.add(piece)
+                yield piece
+        except GeneratorExit:
+            raise  # whoever stops reading closes the response, or drops it
+        except BaseException as error:
+            if self.is_heard:
+                self.watch.interrupted(error)
+            raise
+        if self.is_heard:
+            self.watch.ended("exhausted")
+
+    def close(self) -> None:
+        try:
+            self._stream.close()
+        finally:
+            if self.is_heard:
+                self.watch.ended("closed")
+
+
+class _AsyncTap(_Tap):
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        try:
+            async for piece in self._stream:
+                if self.is_heard:
+                    self.watch.heard.add(piece)
+                yield piece
+        except GeneratorExit:
+            raise
+        except BaseException as error:
+            if self.is_heard:
+                self.watch.interrupted(error)
+            raise
+        if self.is_heard:
+            await self.watch.aended("exhausted")
+
+    async def aclose(self) -> None:
+        try:
+            await self._stream.aclose()
+        finally:
+            if self.is_heard:
+                await self.watch.aended("closed")

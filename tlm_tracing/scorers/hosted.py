@@ -30,8 +30,11 @@ _DEFAULT_MODEL = "gpt-4.1-mini"
 _PRESETS_THAT_EXPLAIN = frozenset({"medium", "high", "best"})
 _SCORE = "/v0/trustworthy_llm/get_confidence_score"
 _EXPLAIN = "/v1/tlm_explanation/get_explanation"
+_SCORE_FIELDS = "/v1/openai_trustworthy_llm/score"
 _ATTEMPTS = 3
 _FIRST_PAUSE = 0.25
+# Less than all of the time, or a late answer on fields would cost the score itself.
+_SHARE_FOR_FIELDS = 0.9
 
 
 class HostedTLM:
@@ -51,6 +54,7 @@ class HostedTLM:
         options: Mapping[str, Any] | None = None,
         base_url: str | None = None,
         explanation: bool | None = None,
+        fields: bool = True,
     ) -> None:
         """Check the settings; nothing is sent yet.
 
@@ -61,6 +65,8 @@ class HostedTLM:
             base_url: Where the API is; ``CLEANLAB_API_BASE_URL`` or Cleanlab's by default.
             explanation: Whether to ask why. By default wherever the preset and options give it
                 along with the score; True also asks where it takes a second request.
+            fields: Whether to ask for the score of each field of a structured answer
+                (``per_field_score``), too. It takes a second request, which Cleanlab bills.
 
         Raises:
             ConfigurationError: If there is no key, or cleanlab-tlm refuses preset or options.
@@ -74,6 +80,7 @@ class HostedTLM:
         if explains:
             given["log"] = sorted({*given.get("log", ()), "explanation"})
         self._explain_after = explanation is True and not explains
+        self._wants_fields = fields
         self._options = {"model": _DEFAULT_MODEL, **given}
         self.model = str(self._options["model"])
         self._session: aiohttp.ClientSession | None = None
@@ -86,11 +93,29 @@ class HostedTLM:
         """Score one exchange.
 
         Returns:
-            ``{"trustworthiness_score": float in [0, 1], "log": {"explanation": str}}``.
+            ``{"trustworthiness_score": float in [0, 1], "log": {"explanation": str}}``; of a
+            structured answer the log has ``per_field_score``, too.
 
         Raises:
             ScoringError: If Cleanlab gives no score within ``exchange.timeout`` seconds.
         """
+        if not self._wants_fields or not _is_structured(exchange):
+            return await self._scored(exchange)
+        asking = asyncio.ensure_future(self._fields(exchange))
+        try:
+            result = await self._scored(exchange)
+            result["log"]["per_field_score"] = await asking
+        finally:
+            asking.cancel()
+        return result
+
+    async def aclose(self) -> None:
+        """Close the connections."""
+        session, self._session = self._session, None
+        if session is not None:
+            await session.close()
+
+    async def _scored(self, exchange: Exchange) -> dict[str, Any]:
         until = time.monotonic() + exchange.timeout
         body = {
             "prompt": exchange.prompt,
@@ -108,11 +133,32 @@ class HostedTLM:
             log["explanation"] = await self._explanation(exchange, answer, until)
         return {"trustworthiness_score": answer["confidence_score"], "log": log}
 
-    async def aclose(self) -> None:
-        """Close the connections."""
-        session, self._session = self._session, None
-        if session is not None:
-            await session.close()
+    async def _fields(self, exchange: Exchange) -> Any:
+        """The score of each field; None if there is none, which must not cost the score."""
+        allowed = exchange.timeout * _SHARE_FOR_FIELDS
+        message = {"role": "assistant", "content": exchange.response}
+        body = {
+            **self._options,
+            "quality_preset": self.preset,
+            "log": ["per_field_score"],
+            "max_timeout": allowed,
+            # The texts as they may leave, in the shape that this endpoint takes.
+            "messages": [{"role": "user", "content": exchange.prompt}],
+            "response_format": exchange.response_format,
+            "response": {
+                "id": "",
+                "object": "chat.completion",
+                "created": 0,
+                "model": self.model,
+                "choices": [{"index": 0, "finish_reason": "stop", "message": message}],
+            },
+        }
+        try:
+            answer = await self._post(_SCORE_FIELDS, body, time.monotonic() + allowed)
+        except ScoringError:
+            return None
+        log = answer.get("log")
+        return log.get("per_field_score") if isinstance(log, Mapping) else None
 
     async def _explanation(
         self, exchange: Exchange, answer: Mapping[str, Any], until: float
@@ -182,6 +228,16 @@ class _PassingError(ScoringError):
 
     def __init__(self, message: str, *, retry_after: float | None = None) -> None:
         super().__init__(message, reason="scorer_unavailable", outage=True, retry_after=retry_after)
+
+
+def _is_structured(exchange: Exchange) -> bool:
+    wanted = exchange.response_format
+    if not isinstance(wanted, Mapping) or wanted.get("type") not in ("json_schema", "json_object"):
+        return False
+    try:
+        return isinstance(json.loads(exchange.response), dict)
+    except ValueError:
+        return False
 
 
 def _unavailable(message: str) -> ScoringError:

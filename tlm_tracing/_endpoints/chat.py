@@ -1,15 +1,21 @@
-"""The answer that a stream's chunks add up to."""
+"""Chat completions.
+
+Source: https://platform.openai.com/docs/api-reference/chat
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+NAME = "chat.completions"
+VERB = "chat"
+
 _JOINED = frozenset({"content", "refusal", "reasoning_content", "reasoning", "arguments", "input"})
 _AUDIO = frozenset({"data", "transcript"})
 
 
-def reduce(chunks: Iterable[Any]) -> dict[str, Any]:
+def assemble(chunks: Iterable[Any]) -> dict[str, Any]:
     """Put a chat completion together from its chunks.
 
     OpenAI's own ``ChatCompletionStreamState`` raises on ``finish_reason="length"`` and on
@@ -35,6 +41,79 @@ def reduce(chunks: Iterable[Any]) -> dict[str, Any]:
     answer["object"] = "chat.completion"
     answer["choices"] = [_finished(choices[index]) for index in sorted(choices)]
     return answer
+
+
+def construct(answer: Mapping[str, Any]) -> Any:
+    """The same as OpenAI's client gives it."""
+    from openai.types.chat import ChatCompletion
+
+    return ChatCompletion.construct(**answer)
+
+
+def is_whole(answer: Mapping[str, Any]) -> bool:
+    """Whether every choice was finished."""
+    reasons = [choice.get("finish_reason") for choice in _choices(answer)]
+    return bool(reasons) and all(reasons)
+
+
+def is_token(chunk: Any) -> bool:
+    """Chat begins to answer with its first chunk."""
+    return True
+
+
+def failure(answer: Mapping[str, Any]) -> None:
+    """A chat completion tells of no failure."""
+
+
+def tools(request: Mapping[str, Any]) -> list[Any]:
+    """The tools as they are."""
+    return list(request.get("tools") or ())
+
+
+def attributes(answer: Mapping[str, Any]) -> dict[str, Any]:
+    """By OpenTelemetry's GenAI conventions where they have a name, else OpenAI's."""
+    usage = answer.get("usage")
+    return {
+        "mlflow.chat.tokenUsage": _usage(usage) if isinstance(usage, Mapping) else None,
+        "gen_ai.usage.reasoning.output_tokens": _detail(
+            usage, "completion_tokens_details", "reasoning_tokens"
+        ),
+        "gen_ai.response.finish_reasons": [
+            reason for one in _choices(answer) if (reason := one.get("finish_reason"))
+        ],
+        "openai.response.system_fingerprint": answer.get("system_fingerprint"),
+    }
+
+
+def response_format(request: Mapping[str, Any]) -> Any:
+    """The format as it is."""
+    return request.get("response_format")
+
+
+def as_chat(
+    request: Mapping[str, Any], answer: Mapping[str, Any]
+) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    """It is one already."""
+    return request, answer
+
+
+def _choices(answer: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    return [one for one in answer.get("choices") or () if isinstance(one, Mapping)]
+
+
+def _usage(usage: Mapping[str, Any]) -> dict[str, int]:
+    counts = {
+        "input_tokens": usage.get("prompt_tokens"),
+        "output_tokens": usage.get("completion_tokens"),
+        "total_tokens": usage.get("total_tokens"),
+        "cache_read_input_tokens": _detail(usage, "prompt_tokens_details", "cached_tokens"),
+    }
+    return {key: count for key, count in counts.items() if isinstance(count, int)}
+
+
+def _detail(usage: Any, group: str, name: str) -> Any:
+    details = usage.get(group) if isinstance(usage, Mapping) else None
+    return details.get(name) if isinstance(details, Mapping) else None
 
 
 def _dump(chunk: Any) -> dict[str, Any]:

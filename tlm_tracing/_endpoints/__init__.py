@@ -1,0 +1,67 @@
+"""OpenAI's endpoints: what differs between them, and only that.
+
+Each is a module that knows the shape of its requests, answers and streams. The rest of the
+package goes by :class:`Endpoint` alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol
+
+from tlm_tracing._endpoints import chat, responses
+
+Data = dict[str, Any]
+
+
+class Endpoint(Protocol):
+    """One endpoint of OpenAI's API.
+
+    Attributes:
+        NAME: What OpenAI calls the operation, such as ``"chat.completions"``.
+        VERB: What one call of it is called on its span, such as ``"chat"``.
+    """
+
+    NAME: str
+    VERB: str
+
+    def assemble(self, chunks: Iterable[Any]) -> Data:
+        """The answer as plain data that a stream's chunks or events add up to."""
+
+    def construct(self, answer: Mapping[str, Any]) -> Any:
+        """An answer as the object that OpenAI's client gives for it."""
+
+    def is_whole(self, answer: Mapping[str, Any]) -> bool:
+        """Whether a streamed answer was finished: a body can end early but cleanly."""
+
+    def is_token(self, chunk: Any) -> bool:
+        """Whether a chunk brings something of the answer itself."""
+
+    def failure(self, answer: Mapping[str, Any]) -> str | None:
+        """What went wrong, when the answer says that itself."""
+
+    def tools(self, request: Mapping[str, Any]) -> list[Any]:
+        """The tools of a request in the form that MLflow shows."""
+
+    def attributes(self, answer: Mapping[str, Any]) -> Data:
+        """What an answer tells beside its text; values may be None."""
+
+    def response_format(self, request: Mapping[str, Any]) -> Any:
+        """The output format asked for, as chat completions put it; None for free text."""
+
+    def as_chat(
+        self, request: Mapping[str, Any], answer: Mapping[str, Any]
+    ) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+        """The exchange as one of chat completions, for scoring.
+
+        Raises:
+            Unscorable: If there is nothing in it to score.
+        """
+
+
+_PATHS: Mapping[str, Endpoint] = {"/chat/completions": chat, "/responses": responses}
+
+
+def at(path: str) -> Endpoint | None:
+    """The endpoint that a request's path leads to; None if it is none of ours."""
+    return _PATHS.get(path)

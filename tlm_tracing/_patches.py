@@ -1,0 +1,64 @@
+"""Methods of other people's classes, wrapped while somebody wants it and without residue after."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import wrapt
+
+Wrapper = Callable[[Any, Any, Any, Any], Any]
+"""What runs instead of a method: ``(wrapped, instance, args, kwargs)``."""
+
+
+class Patches:
+    """Some methods and what wraps them.
+
+    Attributes:
+        users: How many want them at present.
+    """
+
+    def __init__(self, wrappers: Mapping[tuple[Any, str], Wrapper]) -> None:
+        """Nothing is wrapped yet.
+
+        Args:
+            wrappers: By class and name of the method.
+        """
+        self.users = 0
+        self._wrappers = wrappers
+        self._lock = threading.RLock()
+
+    def install(self) -> None:
+        """Wrap the methods, unless they are; each install is undone by one uninstall."""
+        with self._lock:
+            self.users += 1
+            for (cls, name), wrapper in self._wrappers.items():
+                if not self._leads_to_ours(cls, name):
+                    wrapt.wrap_function_wrapper(cls, name, wrapper)
+
+    def uninstall(self) -> None:
+        """Take the wrappers off when nobody wants them any more."""
+        with self._lock:
+            self.users -= 1
+            if self.users:
+                return
+            for cls, name in self._wrappers:
+                method = vars(cls).get(name)
+                if not self._is_ours(method):
+                    continue  # under another tool's: it stays, and does nothing
+                delattr(cls, name)
+                if getattr(cls, name) is not method.__wrapped__:
+                    setattr(cls, name, method.__wrapped__)
+
+    def _is_ours(self, method: Any) -> bool:
+        return getattr(method, "_self_wrapper", None) in self._wrappers.values()
+
+    def _leads_to_ours(self, cls: Any, name: str) -> bool:
+        """Whether ours is there, if need be under what other tools have put on top."""
+        method = vars(cls).get(name)
+        while method is not None:
+            if self._is_ours(method):
+                return True
+            method = getattr(method, "__wrapped__", None)
+        return False
