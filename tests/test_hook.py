@@ -337,3 +337,76 @@ def test_importing_the_drop_in_patches_nothing():
         "assert before == (dict(vars(openai.OpenAI)), openai.OpenAI.request)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@WAYS_IN
+@pytest.mark.parametrize("base", [openai.OpenAI, openai.AsyncOpenAI])
+def test_retries_are_told_on_the_span(base, way_in, sandbox, scorer, trace):
+    client = way_in(scorer, base)
+
+    async def call():
+        asked = ask(client, model="sandbox:fail_first=2")
+        return await asked if inspect.isawaitable(asked) else asked
+
+    assert tt.trust(asyncio.run(call())).score == 0.9
+    llm = trace().data.spans[1]
+    assert llm.attributes["http.request.resend_count"] == 2
+    numbers = [event.attributes["http.request.resend_count"] for event in llm.events]
+    assert numbers == [1, 2]
+    assert len(sandbox.requests("openai")) == 3
+
+
+def test_a_call_of_one_attempt_tells_of_no_retries(sandbox, scorer, trace):
+    with tt.trusted_span(scorer=scorer):
+        ask(tt.wrap_openai(openai.OpenAI()))
+    llm = trace().data.spans[2]
+    assert "http.request.resend_count" not in llm.attributes
+    assert llm.events == []
+
+
+def test_a_client_with_a_hook_of_its_own_for_requests_keeps_it(sandbox, scorer, trace):
+    class Signing(openai.OpenAI):
+        def _prepare_request(self, request):
+            request.headers["x-signed"] = "yes"
+
+    tt.autolog(scorer=scorer)
+    ask(tt.wrap_openai(Signing()), model="sandbox:fail_first=1")
+    assert trace().data.spans[1].attributes["http.request.resend_count"] == 1
+    assert {request.headers["x-signed"] for request in sandbox.requests("openai")} == {"yes"}
+
+
+def test_openais_id_of_the_request_is_recorded_however_the_call_ends(sandbox, scorer, traces):
+    client = tt.wrap_openai(openai.OpenAI(max_retries=0), scorer=scorer)
+    list(ask(client, stream=True))
+    ask(client)
+    with pytest.raises(openai.BadRequestError) as failed:
+        ask(client, model="sandbox:status=400")
+    found = [trace.data.spans[1].attributes.get("openai.request_id") for trace in traces(3)]
+    assert found[2] == failed.value.request_id
+    assert all(one.startswith("req_") for one in found)
+    assert len(set(found)) == 3
+
+
+def test_an_answer_that_is_cut_short_is_recorded_with_the_error_about_it(
+    sandbox, scorer, trace, helpers
+):
+    class City(pydantic.BaseModel):
+        name: str
+
+    client = tt.wrap_openai(openai.OpenAI(), scorer=scorer)
+    with pytest.raises(openai.LengthFinishReasonError) as caught:
+        helpers(client).parse(
+            model="sandbox:finish_reason=length", messages=QUESTION, response_format=City
+        )
+    found = trace()
+    llm = found.data.spans[1]
+    assert llm.status.status_code.value == "ERROR"
+    said = caught.value.completion.choices[0].message.content
+    assert llm.outputs["choices"][0]["message"]["content"] == said
+    assert llm.inputs["response_format"]["json_schema"]["schema"]["properties"]["name"]
+    assert found.data.spans[0].attributes["tlm.reason"] == "call_failed"
+
+
+def test_a_body_given_by_extra_body_is_recorded_as_sent(sandbox, scorer, trace):
+    ask(tt.wrap_openai(openai.OpenAI(), scorer=scorer), extra_body={"top_k": 3})
+    assert trace().data.spans[1].inputs["top_k"] == sandbox.requests("openai")[0].json["top_k"] == 3

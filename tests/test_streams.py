@@ -2,6 +2,9 @@
 
 import asyncio
 import gc
+import gzip
+import json
+import sys
 import threading
 import time
 
@@ -13,6 +16,19 @@ from tlm_tracing._endpoints.chat import assemble
 from tlm_tracing.openai import AsyncOpenAI, OpenAI
 
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
+COMPLETION = {
+    "id": "chatcmpl-1",
+    "object": "chat.completion",
+    "created": 1,
+    "model": "gpt-4o",
+    "choices": [
+        {
+            "index": 0,
+            "finish_reason": "stop",
+            "message": {"role": "assistant", "content": "Paris."},
+        }
+    ],
+}
 TOOLS = [
     {"type": "function", "function": {"name": name, "parameters": {"type": "object"}}}
     for name in ("weather", "clock")
@@ -278,3 +294,212 @@ def test_a_stream_may_outlive_the_block_it_was_made_in(traces):
     assert tt.trust(stream).score == 0.9
     names = sorted(span.name for found in traces() for span in found.data.spans)
     assert names == ["block", "chat gpt-4o", "openai.chat.completions", "tlm.trustworthiness"]
+
+
+def test_a_caller_who_stops_at_the_last_chunk_has_the_whole_answer(traces):
+    def read(stream):
+        return next(chunk for chunk in stream if chunk.choices[0].finish_reason)
+
+    with stream_of(OpenAI()) as closed:
+        read(closed)
+    assert tt.trust(closed).score == 0.9
+
+    async def main():
+        async with AsyncOpenAI() as client, await stream_of(client) as stream:
+            async for chunk in stream:
+                if chunk.choices[0].finish_reason:
+                    break
+        return tt.trust(stream)
+
+    assert asyncio.run(main()).score == 0.9
+    read(stream_of(OpenAI()))
+    gc.collect()
+    for found in traces(3):
+        assert llm_span(found).attributes["stream.outcome"] == "complete"
+        assert found.info.tags["trust_score"] == "0.9000"
+
+
+def test_a_dropped_answer_is_waited_for_at_the_flush(scorer, traces):
+    scorer.hold()
+    next(chunk for chunk in stream_of(OpenAI()) if chunk.choices[0].finish_reason)
+    gc.collect()
+    scorer.wait_for(1)
+    assert not tt.flush(0.1)
+    scorer.release()
+    assert traces(1)[0].info.tags["trust_score"] == "0.9000"
+
+
+# Raw responses, whose body the caller reads.
+
+
+def lazily(client, model="gpt-4o", **options):
+    return client.chat.completions.with_streaming_response.create(
+        model=model, messages=QUESTION, **options
+    )
+
+
+READS = {
+    "parse": lambda response: response.parse().choices[0].message.content,
+    "json": lambda response: response.json()["choices"][0]["message"]["content"],
+    "read": lambda response: json.loads(response.read())["choices"][0]["message"]["content"],
+    "text": lambda response: json.loads(response.text())["choices"][0]["message"]["content"],
+    "iter_bytes": lambda response: json.loads(b"".join(response.iter_bytes(7)))["choices"][0][
+        "message"
+    ]["content"],
+}
+
+
+@pytest.mark.parametrize("read", READS.values(), ids=READS)
+def test_a_body_is_recorded_as_its_caller_reads_it(read, trace):
+    with lazily(OpenAI()) as response:
+        assert tt.trust(response) is None
+        text = read(response)
+        assert tt.trust(response).score == 0.9
+    llm = llm_span(trace())
+    assert llm.outputs["choices"][0]["message"]["content"] == text
+    assert llm.attributes["stream.outcome"] == "complete"
+    assert llm.attributes["openai.request_id"] == response.headers["x-request-id"]
+
+
+@pytest.mark.parametrize("read", ["iter_lines", "iter_bytes", "parse"])
+def test_a_streamed_body_is_recorded_as_its_caller_reads_it(read, trace):
+    with lazily(OpenAI(), model="sandbox:content=a b c,tools=0", stream=True) as response:
+        list(getattr(response, read)())
+        assert tt.trust(response).score == 0.9
+    llm = llm_span(trace())
+    assert llm.outputs["choices"][0]["message"]["content"] == "a b c"
+    assert llm.attributes["stream.outcome"] == "complete"
+
+
+def test_a_body_is_not_read_ahead_of_its_caller(trace):
+    with lazily(OpenAI(), model="sandbox:content=a b,chunk_delay=30", stream=True) as response:
+        assert next(response.iter_lines()).startswith("data: ")
+    assert tt.trust(response).reason == "partial_stream"
+    assert llm_span(trace()).attributes["stream.outcome"] == "abandoned"
+
+
+def test_an_async_body_is_recorded_as_its_caller_reads_it(traces):
+    async def main():
+        async with AsyncOpenAI() as client:
+            async with lazily(client) as response:
+                completion = await response.parse()
+            assert tt.trust(response).score == tt.trust(completion).score == 0.9
+            async with lazily(client, stream=True) as response:
+                assert [line async for line in response.iter_lines()][-2] == "data: [DONE]"
+            assert tt.trust(response).score == 0.9
+            async with lazily(client, stream=True) as response:
+                stream = await response.parse()
+                assert [chunk async for chunk in stream]
+            assert tt.trust(stream).score == tt.trust(response).score == 0.9
+            async with lazily(client, stream=True) as response:
+                async for _ in response.iter_lines():
+                    break
+            assert tt.trust(response).reason == "partial_stream"
+            async with lazily(client) as response:
+                pass
+            assert tt.trust(response).reason == "partial_stream"
+
+    asyncio.run(main())
+    outcomes = [llm_span(found).attributes["stream.outcome"] for found in traces(5)]
+    assert sorted(outcomes) == ["abandoned"] * 2 + ["complete"] * 3
+
+
+@pytest.mark.parametrize(
+    ("fault", "outcome"), [("disconnect=2", "error"), ("truncate=2", "truncated")]
+)
+@pytest.mark.parametrize("read", ["iter_lines", "parse"])
+def test_a_body_that_breaks_keeps_what_had_come(read, fault, outcome, trace):
+    def use(client):
+        with lazily(client, model=f"sandbox:{fault}", stream=True) as response:
+            try:
+                return list(getattr(response, read)())
+            except Exception as error:
+                return type(error), str(error)
+
+    bare = use(openai.OpenAI())
+    ours = use(OpenAI())
+    assert len(bare) == len(ours)
+    assert isinstance(ours, list) or bare == ours
+    llm = llm_span(trace())
+    assert llm.attributes["stream.outcome"] == outcome
+    assert llm.outputs["choices"][0]["message"]["content"]
+
+
+def test_a_body_that_is_dropped_unread_is_recorded(trace):
+    def use():
+        lazily(OpenAI()).__enter__()
+
+    use()
+    gc.collect()
+    assert llm_span(trace()).attributes["stream.outcome"] == "abandoned"
+
+
+def test_a_raw_stream_is_recorded_by_the_body_if_nobody_parses_it(trace):
+    raw = OpenAI().chat.completions.with_raw_response.create(
+        model="gpt-4o", messages=QUESTION, stream=True
+    )
+    assert raw.http_response.read()
+    assert tt.trust(raw).score == 0.9
+    assert llm_span(trace()).attributes["stream.outcome"] == "complete"
+
+
+def test_a_compressed_body_is_recorded(trace):
+    def compressed(request):
+        body = gzip.compress(json.dumps(COMPLETION).encode())
+        headers = {"content-type": "application/json", "content-encoding": "gzip"}
+        return library.Response(200, headers=headers, stream=Body(body))
+
+    library = sys.modules[openai.DefaultHttpxClient.__mro__[1].__module__.partition(".")[0]]
+
+    class Body(library.SyncByteStream):
+        def __init__(self, body):
+            self.body = body
+
+        def __iter__(self):
+            yield self.body[:9]
+            yield self.body[9:]
+
+    transport = library.MockTransport(compressed)
+    client = OpenAI(http_client=library.Client(transport=transport))
+    with lazily(client) as response:
+        assert response.json()["choices"]
+    assert llm_span(trace()).outputs == COMPLETION
+
+
+# Usage that nobody asked for.
+
+
+@pytest.mark.parametrize("client_class", [openai.OpenAI, openai.AsyncOpenAI])
+def test_a_streams_usage_can_be_asked_for_behind_the_callers_back(client_class, trace, sandbox):
+    async def chunks(client):
+        stream = stream_of(client)
+        if client_class is openai.OpenAI:
+            return list(stream)
+        async with client:
+            return [chunk async for chunk in await stream]
+
+    bare = asyncio.run(chunks(client_class()))
+    ours = asyncio.run(chunks(tt.wrap_openai(client_class(), stream_usage=True)))
+    assert [chunk.choices for chunk in ours] == [chunk.choices for chunk in bare]
+    assert not any(chunk.usage for chunk in ours)
+    assert trace().info.token_usage["total_tokens"] > 0
+    asked = [request.json.get("stream_options") for request in sandbox.requests("openai")]
+    assert asked == [None, {"include_usage": True}]
+
+
+def test_usage_that_the_caller_asked_for_is_theirs(trace):
+    client = tt.wrap_openai(openai.OpenAI(), stream_usage=True)
+    *_, last = stream_of(client, stream_options={"include_usage": True})
+    assert (last.choices, last.usage.total_tokens > 0) == ([], True)
+    assert trace().info.token_usage["total_tokens"] == last.usage.total_tokens
+
+
+def test_other_stream_options_are_kept_when_usage_is_asked_for(sandbox):
+    client = tt.wrap_openai(openai.OpenAI(), stream_usage=True)
+    list(stream_of(client, stream_options={"include_obfuscation": False}))
+    client.chat.completions.create(model="gpt-4o", messages=QUESTION)
+    client.chat.completions.with_raw_response.create(
+        model="gpt-4o", messages=QUESTION, stream=True
+    ).parse().close()
+    asked = [request.json.get("stream_options") for request in sandbox.requests("openai")]
+    assert asked == [{"include_obfuscation": False, "include_usage": True}, None, None]

@@ -207,7 +207,10 @@ def _text(content: Any) -> str:
         return content or ""
     if isinstance(content, Iterable) and not isinstance(content, Mapping):
         parts = (_plain(part) for part in content)
-        return "\n".join(_words(part) or f"[{part.get('type', 'content')}]" for part in parts)
+        return "\n".join(
+            _words(part) or ("" if "text" in part else f"[{part.get('type', 'content')}]")
+            for part in parts
+        )
     return _text([content])
 
 

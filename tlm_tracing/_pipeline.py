@@ -209,17 +209,29 @@ class Call:
             self._flag_only = True
             self.answer = heard.answer(self.endpoint)
             answered(self.answer, self)
-            is_whole = self.answer is not None and self.endpoint.is_whole(self.answer)
-            outcome = _outcome(outcome, is_whole)
+            outcome = self._outcome(outcome)
             first = None if heard.first_at is None else heard.first_at - self._started
             if error is not None:
                 self._record.failed(error, self.answer, first_token=first, outcome=outcome)
             else:
                 self._record.answered(self.answer, first_token=first, outcome=outcome)
-            if self.answer is not None and outcome == "complete":
+            if outcome == "complete":
                 return self._ask(self.endpoint.construct(self.answer))
             return _scoring.unscored("partial_stream")
         return _scoring.unscored("scorer_error")
+
+    def _outcome(self, outcome: str) -> str:
+        """How a stream ended for those who care for the answer.
+
+        A caller who stops at its last chunk, before the body's end, has all of it.
+        """
+        if outcome not in ("exhausted", "closed"):
+            return outcome
+        if self.answer is not None and self.endpoint.is_whole(self.answer):
+            return "complete"
+        if self.answer is not None and self.endpoint.failure(self.answer) is not None:
+            return "error"
+        return "truncated" if outcome == "exhausted" else "abandoned"
 
     def _ask(self, completion: Any) -> Future[Verdict]:
         """Ask for the score; the verdict may be there at once."""
@@ -359,16 +371,6 @@ def _placed(trust: Trust, record: _record.CallRecord) -> Trust:
     """A trust, and where its proof is."""
     choices = tuple(_placed(choice, record) for choice in trust.choices)
     return replace(trust, trace_id=record.trace_id, span_id=record.span_id, choices=choices)
-
-
-def _outcome(outcome: str, is_whole: bool) -> str:
-    """How a stream ended for those who care for the answer.
-
-    A caller who stops at its last chunk, before the body's end, has all of it.
-    """
-    if outcome in ("exhausted", "closed") and is_whole:
-        return "complete"
-    return {"exhausted": "truncated", "closed": "abandoned"}.get(outcome, outcome)
 
 
 @dataclass

@@ -86,6 +86,9 @@ def assemble(events: Iterable[Any]) -> dict[str, Any]:
     for event in events:
         if _kind(event) in ("response.created", "response.in_progress", "response.queued"):
             answer = _dump(event)["response"]
+        elif _kind(event) == "error":
+            told = _dump(event)
+            answer["error"] = {"code": told.get("code"), "message": told.get("message")}
     return {"object": "response", **answer, "output": _items(events)}
 
 
@@ -107,10 +110,10 @@ def is_token(chunk: Any) -> bool:
 
 
 def failure(answer: Mapping[str, Any]) -> str | None:
-    """The error of a failed response."""
-    if answer.get("status") != "failed":
-        return None
+    """The error of a failed response, or of its stream."""
     error = answer.get("error")
+    if error is None and answer.get("status") != "failed":
+        return None
     told = error if isinstance(error, Mapping) else {}
     return f"{told.get('code') or 'failed'}: {told.get('message') or 'The response failed.'}"
 
@@ -359,7 +362,8 @@ def _found(item: Mapping[str, Any], pages: Iterable[str]) -> str:
 
 
 def _citations(item: Mapping[str, Any]) -> Iterator[str]:
-    for part in item.get("content") or ():
+    content = item.get("content")
+    for part in content if isinstance(content, list) else ():
         for annotation in _plain(part).get("annotations") or ():
             if url := _plain(annotation).get("url"):
                 yield str(url)

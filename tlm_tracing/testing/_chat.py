@@ -11,47 +11,58 @@ import re
 import time
 import uuid
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from tlm_tracing.testing._state import Behaviour, State
 
 Data = dict[str, Any]
 
+END = "[DONE]"
+"""What a stream says last."""
+
+
+def wrong(body: Any) -> str | None:
+    """What is wrong with a request; None if nothing is."""
+    messages = body.get("messages") if isinstance(body, Mapping) else None
+    if isinstance(messages, list) and all(isinstance(one, Mapping) for one in messages):
+        return None
+    return "'messages' must be a list of messages."
+
 
 def completion(request: Mapping[str, Any], behaviour: Behaviour, state: State) -> Data:
     """The whole answer to a request."""
-    model = str(request.get("model", ""))
     choices = [_choice(index, request, behaviour, state) for index in range(request.get("n") or 1)]
-    asked = len(question(request).split())
-    said = sum(len(str(choice["message"].get("content") or "").split()) for choice in choices)
+    said = " ".join(str(choice["message"].get("content") or "") for choice in choices)
+    tokens = counted(question(request.get("messages")), said, behaviour)
     return {
         "id": f"chatcmpl-{uuid.uuid4().hex}",
         "object": "chat.completion",
         "created": int(time.time()),
-        "model": model if model.startswith("sandbox:") else f"{model}-2024-08-06",
+        "model": model_of(request),
         "choices": [] if behaviour.get("no_choices") else choices,
         "usage": {
-            "prompt_tokens": asked,
-            "completion_tokens": said,
-            "total_tokens": asked + said,
-            "prompt_tokens_details": {"cached_tokens": 0, "audio_tokens": 0},
-            "completion_tokens_details": {"reasoning_tokens": 0, "audio_tokens": 0},
+            "prompt_tokens": tokens.sent,
+            "completion_tokens": tokens.made,
+            "total_tokens": tokens.sent + tokens.made,
+            "prompt_tokens_details": {"cached_tokens": tokens.cached, "audio_tokens": 0},
+            "completion_tokens_details": {"reasoning_tokens": tokens.reasoned, "audio_tokens": 0},
         },
-        "service_tier": "default",
+        "service_tier": tier_of(request),
         "system_fingerprint": "fp_sandbox",
     }
 
 
-def pieces(answer: Data, behaviour: Behaviour, *, usage: bool) -> Iterator[Data]:
+def pieces(request: Mapping[str, Any], answer: Data, behaviour: Behaviour) -> Iterator[Data]:
     """The same answer in the chunks of a stream, its choices interleaved.
 
     Args:
+        request: Says whether the caller wants the chunk that tells the usage.
         answer: A whole completion.
         behaviour: ``chunks`` says in how many pieces the text comes.
-        usage: Whether the caller asked for the chunk that tells the usage.
     """
     shared = {key: answer[key] for key in ("id", "created", "model", "system_fingerprint")}
     shared |= {"object": "chat.completion.chunk", "service_tier": answer["service_tier"]}
+    usage = (request.get("stream_options") or {}).get("include_usage")
     if usage:
         shared["usage"] = None
     for row in itertools.zip_longest(*(_deltas(one, behaviour) for one in answer["choices"])):
@@ -59,6 +70,108 @@ def pieces(answer: Data, behaviour: Behaviour, *, usage: bool) -> Iterator[Data]
             yield {**shared, "choices": [part]}
     if usage:
         yield {**shared, "choices": [], "usage": answer["usage"]}
+
+
+class Tokens(NamedTuple):
+    """How many tokens a call took, a word being one."""
+
+    sent: int
+    cached: int
+    made: int
+    reasoned: int
+
+
+def counted(asked: str, said: str, behaviour: Behaviour) -> Tokens:
+    """The tokens of a question and its answer, those from the cache and of reasoning included."""
+    cached, reasoned = (behaviour.get(f"{kind}_tokens", 0) for kind in ("cached", "reasoning"))
+    return Tokens(len(asked.split()) + cached, cached, len(said.split()) + reasoned, reasoned)
+
+
+def model_of(request: Mapping[str, Any]) -> str:
+    """The model that answers, by its full name."""
+    model = str(request.get("model", ""))
+    return model if model.startswith("sandbox:") else f"{model}-2024-08-06"
+
+
+def tier_of(request: Mapping[str, Any]) -> str:
+    """The service tier that serves a request."""
+    tier = request.get("service_tier")
+    return "default" if tier in (None, "auto") else str(tier)
+
+
+def question(messages: Any) -> str:
+    """What the user asked last.
+
+    Args:
+        messages: The messages of a request in either API, or the bare text.
+    """
+    if isinstance(messages, str):
+        return messages
+    for message in reversed(messages or []):
+        if message.get("role") == "user":
+            content = message.get("content") or ""
+            if isinstance(content, str):
+                return content
+            parts = (part for part in content if isinstance(part, Mapping))
+            return "\n".join(str(part["text"]) for part in parts if part.get("text"))
+    return ""
+
+
+def answer_to(
+    asked: str, schema: Mapping[str, Any] | None, behaviour: Behaviour, state: State
+) -> str:
+    """The text of an answer, as told, canned or made up.
+
+    Args:
+        asked: The question.
+        schema: The JSON schema that it is to fit, if it is.
+        behaviour: How to answer.
+        state: Where canned answers are.
+    """
+    if behaviour.get("empty"):
+        return ""
+    if "content" in behaviour:
+        return str(behaviour["content"])
+    canned = state.canned(asked)
+    if canned is not None:
+        return canned.text
+    if schema is not None:
+        return json.dumps(_example(schema, schema))
+    return f"The Sandbox's answer to: {asked}"
+
+
+def called(
+    names: list[str], choice: Any, chosen: str | None, behaviour: Behaviour
+) -> list[tuple[str, str]]:
+    """Names and arguments of the functions that an answer calls.
+
+    Args:
+        names: Those that it may call.
+        choice: The request's ``tool_choice``.
+        chosen: The function that this names, if it names one.
+        behaviour: ``tools`` says how many, ``tool_args`` with what.
+    """
+    count = behaviour.get("tools", 1 if chosen or choice == "required" else 0)
+    arguments = behaviour.get("tool_args", {"query": "sandbox"})
+    written = arguments if isinstance(arguments, str) else json.dumps(arguments)
+    among = [chosen] if chosen else names or ["lookup"]
+    return [(among[number % len(among)], written) for number in range(count)]
+
+
+def logprobs(text: str) -> list[Data]:
+    """A log probability for each token of a text."""
+    return [
+        {"token": token, "logprob": -0.1, "bytes": list(token.encode()), "top_logprobs": []}
+        for token in split(text)
+    ]
+
+
+def split(text: str, count: int | None = None) -> list[str]:
+    """A text in so many pieces, or word by word."""
+    if count is None:
+        return re.findall(r"\s*\S+\s*$|\s*\S+|\s+$", text)
+    size = max(1, -(-len(text) // count))
+    return [text[start : start + size] for start in range(0, len(text), size)]
 
 
 def _choice(index: int, request: Mapping[str, Any], behaviour: Behaviour, state: State) -> Data:
@@ -86,62 +199,31 @@ def _choice(index: int, request: Mapping[str, Any], behaviour: Behaviour, state:
 
 
 def _content(index: int, request: Mapping[str, Any], behaviour: Behaviour, state: State) -> str:
-    if behaviour.get("empty"):
-        return ""
-    asked = question(request)
-    canned = state.canned(asked)
-    schema = (request.get("response_format") or {}).get("json_schema")
-    if "content" in behaviour:
-        text = str(behaviour["content"])
-    elif canned is not None:
-        text = canned.text
-    elif schema:
-        return json.dumps(_example(schema.get("schema", {}), schema.get("schema", {})))
-    else:
-        text = f"The Sandbox's answer to: {asked}"
-    return text if index == 0 else f"{text} ({index})"
-
-
-def question(request: Mapping[str, Any]) -> str:
-    """What the user asked last."""
-    for message in reversed(request.get("messages") or []):
-        if message.get("role") == "user":
-            content = message.get("content") or ""
-            if isinstance(content, str):
-                return content
-            parts = (part for part in content if isinstance(part, Mapping))
-            return "\n".join(str(part["text"]) for part in parts if part.get("text"))
-    return ""
+    wanted = (request.get("response_format") or {}).get("json_schema")
+    schema = None if wanted is None else wanted.get("schema", {})
+    text = answer_to(question(request.get("messages")), schema, behaviour, state)
+    # What fits a schema, or is to be empty, must stay so.
+    return f"{text} ({index})" if index and text and schema is None else text
 
 
 def _tool_calls(request: Mapping[str, Any], behaviour: Behaviour) -> list[Data]:
-    names = [tool.get("function", {}).get("name") for tool in request.get("tools") or []]
-    wanted = request.get("tool_choice")
-    count = behaviour.get("tools", 1 if wanted == "required" else 0)
-    if isinstance(wanted, Mapping):
-        names, count = [wanted["function"]["name"]], count or 1
-    arguments = behaviour.get("tool_args", '{"query": "sandbox"}')
+    functions = [tool.get("function") or {} for tool in request.get("tools") or []]
+    names = [function["name"] for function in functions if "name" in function]
+    choice = request.get("tool_choice")
+    chosen = choice.get("function", {}).get("name") if isinstance(choice, Mapping) else None
+    calls = called(names, choice, chosen, behaviour)
     return [
         {
             "id": f"call_{number}",
             "type": "function",
-            "function": {
-                "name": names[number % len(names)] if names else "lookup",
-                "arguments": arguments if isinstance(arguments, str) else json.dumps(arguments),
-            },
+            "function": {"name": name, "arguments": arguments},
         }
-        for number in range(count)
+        for number, (name, arguments) in enumerate(calls)
     ]
 
 
 def _logprobs(content: str | None) -> Data:
-    return {
-        "content": [
-            {"token": token, "logprob": -0.1, "bytes": list(token.encode()), "top_logprobs": []}
-            for token in _split(content or "")
-        ],
-        "refusal": None,
-    }
+    return {"content": logprobs(content or ""), "refusal": None}
 
 
 def _example(schema: Mapping[str, Any], root: Mapping[str, Any]) -> Any:
@@ -180,29 +262,22 @@ def _deltas(choice: Data, behaviour: Behaviour) -> Iterator[Data]:
 
 def _worded(message: Data, behaviour: Behaviour) -> Iterator[Data]:
     for key in ("reasoning_content", "content", "refusal"):
-        for piece in _split(message.get(key) or "", behaviour.get("chunks")):
+        for piece in split(message.get(key) or "", behaviour.get("chunks")):
             yield {key: piece}
 
 
 def _tooled(message: Data) -> Iterator[Data]:
     if call := message.get("function_call"):
         yield {"function_call": {"name": call["name"], "arguments": ""}}
-        for piece in _split(call["arguments"]):
+        for piece in split(call["arguments"]):
             yield {"function_call": {"arguments": piece}}
     calls = message.get("tool_calls") or []
     for index, call in enumerate(calls):
         function = {"name": call["function"]["name"], "arguments": ""}
         start = {"index": index, "id": call["id"], "type": "function", "function": function}
         yield {"tool_calls": [start]}
-    arguments = (_split(call["function"]["arguments"]) for call in calls)
+    arguments = (split(call["function"]["arguments"]) for call in calls)
     for row in itertools.zip_longest(*arguments):
         for index, piece in enumerate(row):
             if piece is not None:
                 yield {"tool_calls": [{"index": index, "function": {"arguments": piece}}]}
-
-
-def _split(text: str, count: int | None = None) -> list[str]:
-    if count is None:
-        return re.findall(r"\s*\S+\s*$|\s*\S+|\s+$", text)
-    size = max(1, -(-len(text) // count))
-    return [text[start : start + size] for start in range(0, len(text), size)]

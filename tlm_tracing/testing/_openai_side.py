@@ -1,4 +1,4 @@
-"""The OpenAI side of the Sandbox: chat completions, plain and streamed, models, embeddings."""
+"""The OpenAI side of the Sandbox: chat completions, responses, models, embeddings."""
 
 from __future__ import annotations
 
@@ -6,39 +6,68 @@ import asyncio
 import itertools
 import json
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from aiohttp import web
 
-from tlm_tracing.testing import _chat
-from tlm_tracing.testing._serving import Hold, application, body_of, drop, fault
+from tlm_tracing.testing import _chat, _responses
+from tlm_tracing.testing._serving import Handler, Hold, application, body_of, drop, fault
 from tlm_tracing.testing._state import Behaviour, State
+
+Data = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Api:
+    """One of the two APIs that answer questions.
+
+    Attributes:
+        wrong: What is wrong with a body; None if nothing is.
+        answer: The whole answer to a request.
+        events: The same answer in the events of a stream.
+        error: The event of an error after so many others.
+        end: What a stream says last.
+    """
+
+    wrong: Callable[[Any], str | None]
+    answer: Callable[[Data, Behaviour, State], Data]
+    events: Callable[[Data, Data, Behaviour], Iterable[Data]]
+    error: Callable[[str, int], Data]
+    end: str | None = None
 
 
 def openai_side(state: State, hold: Hold) -> web.Application:
     """The application that answers for ``api.openai.com``."""
 
-    async def chat(request: web.Request) -> web.StreamResponse:
-        body = await body_of(request)
-        if not _has_messages(body):
-            return _refused("'messages' must be a list of messages.")
-        model = str(body.get("model", ""))
-        try:
-            behaviour = state.behaviour("openai", request.path, await request.read(), model)
-        except ValueError as error:
-            return _refused(str(error))
-        if body.get("stream") and behaviour.get("garbage"):
-            return await _garbled(request)
-        trouble = await fault(behaviour, hold, _error("The Sandbox was told to fail."))
-        if trouble is not None:
-            return trouble
-        answer = _chat.completion(body, behaviour, state)
-        if body.get("stream"):
-            usage = bool((body.get("stream_options") or {}).get("include_usage"))
-            return await _stream(request, answer, behaviour, usage=usage)
-        return await _whole(request, answer, behaviour)
+    def endpoint(api: _Api) -> Handler:
+        async def handle(request: web.Request) -> web.StreamResponse:
+            body = await body_of(request)
+            wrong = api.wrong(body)
+            if wrong is not None:
+                return _refused(wrong)
+            model = str(body.get("model", ""))
+            try:
+                behaviour = state.behaviour("openai", request.path, await request.read(), model)
+            except ValueError as error:
+                return _refused(str(error))
+            if body.get("stream") and behaviour.get("garbage"):
+                return await _garbled(request)
+            trouble = await fault(behaviour, hold, _error("The Sandbox was told to fail."))
+            if trouble is not None:
+                return trouble
+            try:
+                answer = api.answer(body, behaviour, state)
+            except (AttributeError, LookupError, TypeError, ValueError) as error:
+                return _refused(f"The request is not as this endpoint expects it: {error!r}")
+            if body.get("stream"):
+                return await _stream(request, api, api.events(body, answer, behaviour), behaviour)
+            return await _whole(request, answer, behaviour)
 
+        return handle
+
+    chat, responses = endpoint(_CHAT), endpoint(_RESPONSES)
     return application(
         "openai",
         state,
@@ -46,6 +75,10 @@ def openai_side(state: State, hold: Hold) -> web.Application:
             "POST /v1/chat/completions": chat,
             "POST /openai/deployments/{deployment}/chat/completions": chat,
             "POST /v1/openai/deployments/{deployment}/chat/completions": chat,
+            "POST /v1/responses": responses,
+            "POST /openai/responses": responses,
+            "POST /openai/v1/responses": responses,
+            "POST /v1/openai/responses": responses,
             "POST /v1/embeddings": _embeddings,
             "GET /v1/models": _models,
             "GET /v1/models/{model}": _model,
@@ -54,18 +87,13 @@ def openai_side(state: State, hold: Hold) -> web.Application:
     )
 
 
-def _has_messages(body: Any) -> bool:
-    messages = body.get("messages") if isinstance(body, Mapping) else None
-    return isinstance(messages, list) and all(isinstance(one, Mapping) for one in messages)
-
-
 def _refused(message: str) -> web.Response:
     return web.json_response(_error(message), status=400, headers=_headers())
 
 
 async def _garbled(request: web.Request) -> web.StreamResponse:
     response = await _opened(request)
-    await response.write(_event("this is { not JSON"))
+    await response.write(_line("this is { not JSON"))
     await response.write_eof()
     return response
 
@@ -90,7 +118,7 @@ async def _whole(
 
 
 async def _stream(
-    request: web.Request, answer: dict[str, Any], behaviour: Behaviour, *, usage: bool
+    request: web.Request, api: _Api, events: Iterable[Data], behaviour: Behaviour
 ) -> web.StreamResponse:
     if behaviour.get("disconnect") == 0:
         return drop(request)
@@ -103,21 +131,27 @@ async def _stream(
         ),
         None,
     )
-    chunks = _chat.pieces(answer, behaviour, usage=usage)
-    for chunk in itertools.islice(chunks, stop_after):
-        await response.write(_event(json.dumps(chunk)))
+    sent = list(itertools.islice(events, stop_after))
+    for event in sent:
+        await response.write(_event(event))
         await asyncio.sleep(behaviour.get("chunk_delay", 0))
     if "disconnect" in behaviour:
         return drop(request)
     if "stream_error" in behaviour:
-        await response.write(_event(json.dumps(_error("The server had an error."))))
-    elif "truncate" not in behaviour:
-        await response.write(_event("[DONE]"))
+        await response.write(_event(api.error("The server had an error.", len(sent))))
+    elif "truncate" not in behaviour and api.end is not None:
+        await response.write(_line(api.end))
     await response.write_eof()
     return response
 
 
-def _event(data: str) -> bytes:
+def _event(event: Data) -> bytes:
+    # Of the two APIs only one gives its events a type, and only that one names them.
+    name = f"event: {event['type']}\n" if "type" in event else ""
+    return name.encode() + _line(json.dumps(event))
+
+
+def _line(data: str) -> bytes:
     return f"data: {data}\n\n".encode()
 
 
@@ -129,6 +163,21 @@ def _error(message: str) -> dict[str, Any]:
     return {
         "error": {"message": message, "type": "sandbox_error", "param": None, "code": "sandbox"}
     }
+
+
+_CHAT = _Api(
+    wrong=_chat.wrong,
+    answer=_chat.completion,
+    events=_chat.pieces,
+    error=lambda message, _: _error(message),
+    end=_chat.END,
+)
+_RESPONSES = _Api(
+    wrong=_responses.wrong,
+    answer=_responses.response,
+    events=_responses.events,
+    error=_responses.error,
+)
 
 
 async def _embeddings(request: web.Request) -> web.Response:

@@ -29,11 +29,12 @@ BEHAVIOURS: Mapping[str, frozenset[str]] = {
         _BOTH
         | {"content", "refusal", "reasoning", "tools", "tool_args", "function_call", "empty"}
         | {"null_content", "no_choices", "finish_reason"}
+        | {"cached_tokens", "reasoning_tokens", "builtin", "failed"}
         | {"chunks", "chunk_delay", "truncate", "stream_error"}
     ),
     "tlm": frozenset(
         _BOTH
-        | {"score", "no_score", "explanation", "no_log"}
+        | {"score", "no_score", "explanation", "no_log", "field_scores"}
         | {"empty_body", "partial", "drip", "code"}
     ),
 }

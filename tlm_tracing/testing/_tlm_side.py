@@ -79,8 +79,31 @@ def _explain(body: Body, behaviour: Behaviour, state: State) -> dict[str, Any]:
 
 def _openai_score(body: Body, behaviour: Behaviour, state: State) -> dict[str, Any]:
     response = body["response"]["choices"][0]["message"].get("content") or ""
-    told = _told(_chat.question(body), response, behaviour, state)
-    return _logged({"trustworthiness_score": told.score}, {"options": body}, told, behaviour)
+    asked = _chat.question(body.get("messages"))
+    told = _told(asked, response, behaviour, state)
+    answer = _logged({"trustworthiness_score": told.score}, {"options": body}, told, behaviour)
+    if "log" in answer and "per_field_score" in (body.get("log") or ()):
+        answer["log"]["per_field_score"] = _field_scores(asked, response, behaviour, state)
+    return answer
+
+
+def _field_scores(asked: str, response: str, behaviour: Behaviour, state: State) -> dict[str, Any]:
+    """A score for each field of an answer that is a JSON object."""
+    try:
+        fields = json.loads(response)
+    except ValueError:
+        fields = None
+    if not isinstance(fields, dict):
+        return {"error": "The response is no JSON object."}
+    made_up = {
+        field: state.score(f"{asked}\x1f{field}", json.dumps(value)).score
+        for field, value in fields.items()
+    }
+    given = behaviour.get("field_scores") or {}
+    return {
+        field: {"score": given.get(field, score), "explanation": f"Why {field} has its score."}
+        for field, score in made_up.items()
+    }
 
 
 def _rag_score(body: Body, behaviour: Behaviour, state: State) -> dict[str, Any]:

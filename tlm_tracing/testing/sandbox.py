@@ -13,23 +13,29 @@ from tlm_tracing.testing._state import RecordedRequest, Side
 
 
 class Sandbox:
-    """A loopback HTTP server that speaks OpenAI's chat completions and Cleanlab's TLM.
+    """A loopback HTTP server that speaks OpenAI and Cleanlab's TLM.
 
-    Answers and scores are canned or made up; nothing leaves the machine. How it behaves can be
-    scripted, and steered by the request itself: ``model="sandbox:status=429,retry_after=1"``.
+    Of OpenAI it has chat completions and the Responses API. Answers and scores are canned or made
+    up; nothing leaves the machine. How it behaves can be scripted, and steered by the request
+    itself: ``model="sandbox:status=429,retry_after=1"``.
 
     Behaviours of both sides: ``status`` (int), ``body`` (the JSON of a failure), ``fail_first``
     (so many equal requests fail), ``html`` (a proxy's page), ``garbage`` (no JSON),
     ``retry_after``, ``delay`` (seconds), ``hang`` (until :meth:`release`), ``disconnect``
-    (OpenAI: after so many chunks; TLM: at once or ``"mid"``).
+    (OpenAI: after so many chunks or events; TLM: at once or ``"mid"``).
 
     Of the OpenAI side: ``content``, ``refusal``, ``reasoning``, ``tools`` (a number),
-    ``tool_args``, ``function_call``, ``empty``, ``null_content``, ``no_choices``,
-    ``finish_reason``, ``chunks`` (a number), ``chunk_delay`` (seconds), ``truncate`` and
-    ``stream_error`` (after so many chunks).
+    ``tool_args``, ``empty``, ``null_content`` (a response then has no message), ``finish_reason``
+    (a response with ``"length"`` or ``"content_filter"`` is incomplete), ``cached_tokens`` and
+    ``reasoning_tokens`` (numbers), ``chunks`` (a number), ``chunk_delay`` (seconds), ``truncate``
+    and ``stream_error`` (after so many chunks or events). Of chat only: ``function_call`` and
+    ``no_choices``. Of responses only: ``builtin``, a tool that is called before the answer
+    (``"web_search"``, ``"file_search"``, ``"code_interpreter"``, ``"mcp"``,
+    ``"image_generation"``), or in its place (``"computer"``), and ``failed``.
 
-    Of the TLM side: ``score`` (anything), ``no_score``, ``explanation``, ``no_log``,
-    ``empty_body``, ``partial``, ``drip`` (seconds a byte), ``code`` (of an error).
+    Of the TLM side: ``score`` (anything), ``field_scores`` (of a structured answer, by field),
+    ``no_score``, ``explanation``, ``no_log``, ``empty_body``, ``partial``, ``drip`` (seconds a
+    byte), ``code`` (of an error).
 
     Example:
         >>> with Sandbox() as sandbox:
