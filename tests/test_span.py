@@ -2,9 +2,13 @@
 
 import asyncio
 import copy
+import gc
 import inspect
+import logging
 import pickle
+import sys
 
+import mlflow
 import openai
 import pytest
 
@@ -331,3 +335,82 @@ def test_recursion(trace):
 
     down(3)
     assert names(trace()) == ["step"] * 4 + CALL
+
+
+# Wherever a block is left, nothing is said of contexts and nothing stays active.
+
+
+async def stepped_by_tasks(steps):
+    """Each step in a task of its own, and the end in another one."""
+    await asyncio.create_task(anext(steps))
+    await asyncio.create_task(anext(steps))
+    await asyncio.create_task(steps.aclose())
+
+
+async def stepped_with_a_deadline(steps):
+    async for _ in steps:
+        await asyncio.wait_for(asyncio.sleep(0), 10)
+    await steps.aclose()
+
+
+async def left_to_the_loop(steps):
+    async for _ in steps:
+        break
+    del steps
+    gc.collect()
+    await asyncio.get_running_loop().shutdown_asyncgens()
+
+
+@tt.trusted
+async def decorated():
+    for _ in range(3):
+        yield await ask_async()
+
+
+async def with_a_block_inside():
+    async with tt.trusted_span("decorated"):
+        for _ in range(3):
+            yield await ask_async()
+
+
+@pytest.mark.parametrize("use", [stepped_by_tasks, stepped_with_a_deadline, left_to_the_loop])
+@pytest.mark.parametrize("function", [decorated, with_a_block_inside])
+def test_an_async_generator_may_be_driven_from_anywhere(function, use, traces, caplog):
+    async def main():
+        await use(function())
+        # A block of the user's own round a yield is theirs, and MLflow's, to leave in place.
+        assert function is with_a_block_inside or mlflow.get_current_active_span() is None
+        with tt.trusted_span("after"):
+            await ask_async()
+
+    asyncio.run(main())
+    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
+    found = traces(2)
+    assert {trace.data.spans[0].name for trace in found} == {"decorated", "after"}
+    assert all(span.end_time_ns for trace in found for span in trace.data.spans)
+
+
+def test_a_block_may_be_entered_in_one_task_and_left_in_another(trace, caplog):
+    async def main():
+        block = tt.trusted_span("block")
+        await asyncio.create_task(block.__aenter__())
+        await asyncio.create_task(block.__aexit__(None, None, None))
+
+    asyncio.run(main())
+    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
+    assert trace().data.spans[0].end_time_ns
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="task groups came with Python 3.11")
+def test_calls_of_a_task_group_belong_to_the_block_round_them(trace):
+    async def main():
+        with tt.trusted_span("block"):
+            async with asyncio.TaskGroup() as group:
+                for _ in range(3):
+                    group.create_task(ask_async())
+
+    asyncio.run(main())
+    found = trace()
+    root = found.data.spans[0]
+    calls = [span for span in found.data.spans if span.name.startswith("chat ")]
+    assert [call.parent_id for call in calls] == [root.span_id] * 3
