@@ -22,6 +22,10 @@ from tlm_tracing.testing import FakeScorer, Sandbox
 
 SCORE = "/v0/trustworthy_llm/get_confidence_score"
 ASK = [{"role": "user", "content": "What is 1+1?"}]
+PERSON = {
+    "type": "object",
+    "properties": {"name": {"type": "string"}, "age": {"type": "integer"}},
+}
 
 
 @pytest.fixture(params=[False, True], ids=["thread", "process"])
@@ -167,6 +171,24 @@ def test_a_completion_is_whole(client, sandbox):
     assert answer._request_id.startswith("req_")
 
 
+def test_cached_and_reasoning_tokens_count_too(client, sandbox):
+    sandbox.default("openai", cached_tokens=100, reasoning_tokens=20, content="It is 2.")
+    *_, last = chunks_of(client, stream_options={"include_usage": True})
+    for usage in (ask(client).usage, last.usage):
+        assert usage.prompt_tokens_details.cached_tokens == 100
+        assert usage.completion_tokens_details.reasoning_tokens == 20
+        counted = (usage.prompt_tokens, usage.completion_tokens, usage.total_tokens)
+        assert counted == (103, 23, 126)
+
+
+@pytest.mark.parametrize(
+    ("asked", "given"), [(None, "default"), ("auto", "default"), ("flex", "flex")]
+)
+def test_the_service_tier_is_a_concrete_one(client, asked, given):
+    assert ask(client, service_tier=asked).service_tier == given
+    assert {chunk.service_tier for chunk in chunks_of(client, service_tier=asked)} == {given}
+
+
 def test_a_stream_says_the_same_as_the_whole(client, sandbox):
     chunks = chunks_of(client, stream_options={"include_usage": True})
     *worded, usage = chunks
@@ -204,9 +226,7 @@ def test_log_probabilities_cover_the_text(client, sandbox):
 
 
 def test_a_schema_is_met(client, sandbox):
-    properties = {"name": {"type": "string"}, "age": {"type": "integer"}}
-    schema = {"type": "object", "properties": properties}
-    wanted = {"type": "json_schema", "json_schema": {"name": "person", "schema": schema}}
+    wanted = {"type": "json_schema", "json_schema": {"name": "person", "schema": PERSON}}
     person = json.loads(ask(client, response_format=wanted).choices[0].message.content)
     assert isinstance(person["name"], str)
     assert isinstance(person["age"], int)
@@ -220,6 +240,11 @@ def test_tools_are_called_only_when_told(client, sandbox):
     assert forced.finish_reason == "tool_calls"
     named = {"type": "function", "function": {"name": "add"}}
     assert len(ask(client, tools=[tool], tool_choice=named).choices[0].message.tool_calls) == 1
+
+
+def test_what_nobody_expects_is_refused(client):
+    with pytest.raises(openai.BadRequestError, match="not as this endpoint expects"):
+        ask(client, response_format="json")
 
 
 def test_streamed_tool_calls_interleave(client, sandbox):
@@ -330,6 +355,9 @@ def test_a_stream_that_just_ends(client, sandbox):
     chunks = chunks_of(client)
     assert len(chunks) == 2
     assert chunks[-1].choices[0].finish_reason is None
+    body = {"model": "sandbox:truncate=2", "messages": ASK, "stream": True}
+    _, _, content = post(sandbox.openai_base_url, "/chat/completions", body)
+    assert content.count(b"data: ") == 2
 
 
 def test_an_error_within_a_stream(client, sandbox):
@@ -446,6 +474,69 @@ def test_cleanlabs_own_client_is_content(sandbox, monkeypatch):
     assert score_result == {"trustworthiness_score": 0.5, "log": {"explanation": "Even odds."}}
     assert prompt_result["response"] == "2"
     assert explanation == "Even odds."
+
+
+@pytest.fixture
+def score_fields(client, sandbox, monkeypatch):
+    """Has Cleanlab's own client score a structured answer: the answer, the client, its result."""
+    api = pytest.importorskip("cleanlab_tlm.internal.api.api")
+    from cleanlab_tlm.utils.chat_completions import TLMChatCompletion
+
+    base = f"{sandbox.tlm_base_url}/v1/openai_trustworthy_llm"
+    monkeypatch.setattr(api, "tlm_openai_base_url", base)
+    wanted = {"type": "json_schema", "json_schema": {"name": "person", "schema": PERSON}}
+
+    async def score_fields():
+        answer = ask(client, response_format=wanted)
+        tlm = TLMChatCompletion(options={"log": ["per_field_score"]}, timeout=5)
+        told = await tlm.score_async(response=answer, messages=ASK, response_format=wanted)
+        return answer, tlm, told
+
+    return lambda: asyncio.run(score_fields())
+
+
+def test_cleanlabs_own_client_finds_the_score_of_each_field(sandbox, score_fields):
+    sandbox.answer("What is 1+1?", '{"name": "Ada", "age": 7}', score=0.5)
+    sandbox.default("tlm", field_scores={"age": 0.125, "name": 0.875, "height": 0.0})
+    answer, tlm, told = score_fields()
+    assert told["trustworthiness_score"] == 0.5
+    found = told["log"]["per_field_score"]
+    assert {field: one["score"] for field, one in found.items()} == {"name": 0.875, "age": 0.125}
+    assert all(one["explanation"] for one in found.values())
+    assert tlm.get_untrustworthy_fields(response=answer, tlm_result=told) == ["age"]
+
+
+def test_the_scores_of_fields_are_made_up_the_same_each_time(sandbox, score_fields):
+    sandbox.script("tlm", {}, {}, {"field_scores": {"age": 0.5}})
+    logs = [told["log"]["per_field_score"] for _, _, told in (score_fields() for _ in range(3))]
+    assert logs[0] == logs[1]
+    name, age = (logs[0][field]["score"] for field in ("name", "age"))
+    assert name != age
+    assert 0 <= min(name, age) <= max(name, age) <= 1
+    assert (logs[2]["name"]["score"], logs[2]["age"]["score"]) == (name, 0.5)
+
+
+@pytest.mark.parametrize("content", ["no JSON", "[1]"])
+def test_an_answer_without_fields_has_an_error_in_their_place(sandbox, score_fields, content):
+    sandbox.script("openai", {"content": content})
+    _, _, told = score_fields()
+    assert told["log"]["per_field_score"] == {"error": "The response is no JSON object."}
+
+
+def test_cleanlabs_own_client_tells_the_error(sandbox, score_fields, capsys):
+    sandbox.script("openai", {"content": "[1]"})
+    answer, tlm, told = score_fields()
+    assert tlm.get_untrustworthy_fields(response=answer, tlm_result=told) == []
+    assert "no JSON object" in capsys.readouterr().out
+
+
+def test_fields_are_scored_only_when_asked_for(sandbox):
+    completion = {"choices": [{"message": {"content": '{"age": 7}'}}]}
+    asked = {"messages": ASK, "response": completion, "log": ["explanation"]}
+    headers = {"Authorization": "bearer any"}
+    path = "/v1/openai_trustworthy_llm/score"
+    _, _, content = post(sandbox.tlm_base_url, path, asked, headers=headers)
+    assert list(json.loads(content)["log"]) == ["explanation"]
 
 
 @pytest.mark.parametrize("key", [None, "bearer invalid", "Bearer invalid"])

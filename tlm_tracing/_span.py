@@ -104,6 +104,8 @@ class TrustedSpan:
         if not self._scope.open:
             return
         self._scope.open = False
+        if isinstance(error, GeneratorExit):
+            error = None  # a consumer who has seen enough is no failure
         if self._record is None:
             return
         from tlm_tracing import _hook, _pipeline, _propagation, _scoring
@@ -326,8 +328,6 @@ def _closing(span: TrustedSpan, yielded: _Yielded | None = None) -> Iterator[Non
     error: BaseException | None = None
     try:
         yield
-    except GeneratorExit:
-        raise  # a consumer who has seen enough is no failure
     except BaseException as raised:
         error = raised
         raise

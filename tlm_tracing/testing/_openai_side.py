@@ -59,7 +59,9 @@ def openai_side(state: State, hold: Hold) -> web.Application:
                 return trouble
             try:
                 answer = api.answer(body, behaviour, state)
-            except (AttributeError, LookupError, TypeError, ValueError) as error:
+            except ValueError as error:
+                return _refused(str(error))
+            except (AttributeError, LookupError, TypeError) as error:
                 return _refused(f"The request is not as this endpoint expects it: {error!r}")
             if body.get("stream"):
                 return await _stream(request, api, api.events(body, answer, behaviour), behaviour)

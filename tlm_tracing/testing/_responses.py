@@ -352,5 +352,6 @@ def _ran(item: Data) -> Iterator[Data]:
         field, name = _WRITTEN[item["type"]]
         for piece in split(item[field]):
             yield {"type": f"{name}.delta", "delta": piece}
-        yield {"type": f"{name}.done", field: item[field]}
+        called_as = {"name": item["name"]} if item["type"] == "function_call" else {}
+        yield {"type": f"{name}.done", field: item[field], **called_as}
     yield from phases[1:]
