@@ -421,3 +421,8 @@ def test_both_endpoints_are_known_by_their_path():
     assert _endpoints.at("/responses").NAME == "responses"
     assert _endpoints.at("/chat/completions").NAME == "chat.completions"
     assert _endpoints.at("/embeddings") is None
+
+
+def test_what_is_not_to_be_scored_says_so_whatever_the_answer(scorer):
+    with tt.trusted_span(mode="off"):
+        assert tt.trust(ask(OpenAI(), model="sandbox:failed=true")).reason == "off"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import logging
@@ -52,9 +53,9 @@ def ask(
     Raises:
         Unscorable: If this answer is not to be scored, or has nothing to score; says why.
     """
-    if not isinstance(answer, Mapping):
-        raise Unscorable("unsupported_content")
-    asked, given = _as_chat(endpoint, request, answer)
+    if isinstance(answer, Mapping):
+        with contextlib.suppress(Exception):  # an odd shape is met again below
+            endpoint.remember(request, answer)
     if config.mode == "off":
         raise Unscorable("off")
     if config.scorer is None:
@@ -62,6 +63,9 @@ def ask(
         raise Unscorable("no_scorer")
     if not _sampled(config, request):
         raise Unscorable("sampled_out")
+    if not isinstance(answer, Mapping):
+        raise Unscorable("unsupported_content")
+    asked, given = _as_chat(endpoint, request, answer)
     wanted = endpoint.response_format(request)
 
     def exchange(choice: int) -> Exchange | Unscorable:

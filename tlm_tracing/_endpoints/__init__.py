@@ -49,6 +49,9 @@ class Endpoint(Protocol):
     def response_format(self, request: Mapping[str, Any]) -> Any:
         """The output format asked for, as chat completions put it; None for free text."""
 
+    def remember(self, request: Mapping[str, Any], answer: Mapping[str, Any]) -> None:
+        """Keep what later requests may leave out, because OpenAI knows it."""
+
     def as_chat(
         self, request: Mapping[str, Any], answer: Mapping[str, Any]
     ) -> tuple[Mapping[str, Any], Mapping[str, Any]]:

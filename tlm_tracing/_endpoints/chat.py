@@ -90,6 +90,10 @@ def response_format(request: Mapping[str, Any]) -> Any:
     return request.get("response_format")
 
 
+def remember(request: Mapping[str, Any], answer: Mapping[str, Any]) -> None:
+    """A request of chat completions carries everything."""
+
+
 def as_chat(
     request: Mapping[str, Any], answer: Mapping[str, Any]
 ) -> tuple[Mapping[str, Any], Mapping[str, Any]]:

@@ -158,6 +158,12 @@ def response_format(request: Mapping[str, Any]) -> Any:
     return {"type": "json_schema", "json_schema": schema}
 
 
+def remember(request: Mapping[str, Any], answer: Mapping[str, Any]) -> None:
+    """Keep this turn for a request that names it as its ``previous_response_id``."""
+    output = [_plain(item) for item in answer.get("output") or ()]
+    _turns.remember(request, answer, [*_messages(_input(request)), *_messages(output)])
+
+
 def as_chat(
     request: Mapping[str, Any], answer: Mapping[str, Any]
 ) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
@@ -169,12 +175,10 @@ def as_chat(
     Raises:
         Unscorable: If the response failed, or is an image.
     """
-    asked = _input(request)
     output = [_plain(item) for item in answer.get("output") or ()]
     given = _last_run(output)
     before = output[: len(output) - len(given)]
     earlier, is_partial = _turns.before(request)
-    _turns.remember(request, answer, [*_messages(asked), *_messages(output)])
     if failure(answer) is not None:
         raise Unscorable("call_failed")
     if not given and any(item.get("type") == "image_generation_call" for item in output):
@@ -183,7 +187,7 @@ def as_chat(
         "messages": [
             *_instructions(request, answer),
             *earlier,
-            *_messages(asked),
+            *_messages(_input(request)),
             *_messages(before, cited=given),
         ],
         "tools": tools(request),
