@@ -329,6 +329,74 @@ def test_a_dropped_answer_is_waited_for_at_the_flush(scorer, traces):
     assert traces(1)[0].info.tags["trust_score"] == "0.9000"
 
 
+def test_a_stream_that_is_held_after_a_break_ends_all_the_same(traces):
+    held = stream_of(OpenAI())
+    for _ in held:
+        break
+
+    async def main():
+        async with AsyncOpenAI() as client:
+            stream = await stream_of(client)
+            async for _ in stream:
+                break
+            await asyncio.sleep(0)  # the loop closes what the break has left
+            assert await asyncio.to_thread(tt.flush)
+            assert tt.trust(stream).reason == "partial_stream"
+
+    asyncio.run(main())
+    for found in traces(2):
+        assert llm_span(found).attributes["stream.outcome"] == "abandoned"
+    assert tt.trust(held).reason == "partial_stream"
+    assert list(held)  # it can be read on, of course
+
+
+@pytest.mark.parametrize("model", ["gpt-4o", "sandbox:content=a b,chunk_delay=1.1"])
+def test_a_stream_that_is_read_on_after_a_break_is_one_answer(model, trace):
+    stream = stream_of(OpenAI(), model=model)
+    chunks = [next(iter(stream))]
+    for chunk in stream:
+        chunks.append(chunk)
+        break
+    chunks += stream
+    assert tt.trust(stream).score == 0.9
+    llm = llm_span(trace())
+    assert llm.attributes["stream.outcome"] == "complete"
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+    assert llm.outputs["choices"][0]["message"]["content"] == text
+
+
+def test_an_exception_of_the_callers_own_is_told_of_the_stream_it_ended(traces):
+    def look_up(stream):
+        with stream:
+            return {}[next(stream)]
+
+    stream = stream_of(OpenAI())
+    with pytest.raises(TypeError, match="unhashable"):
+        look_up(stream)
+    try:
+        raise ValueError("handled")
+    except ValueError:
+        with stream_of(OpenAI()) as inside:
+            next(inside)
+    failed, left = (llm_span(found) for found in traces(2))
+    assert failed.attributes["stream.outcome"] == "error"
+    assert failed.status.description.startswith("TypeError: unhashable")
+    assert left.attributes["stream.outcome"] == "abandoned"
+    assert left.status.status_code.value == "OK"
+    assert tt.trust(stream).reason == "partial_stream"
+
+
+def test_a_generator_round_a_stream_that_is_closed_has_not_failed(trace):
+    def words():
+        with stream_of(OpenAI()) as stream:
+            yield from stream
+
+    steps = words()
+    next(steps)
+    steps.close()
+    assert llm_span(trace()).attributes["stream.outcome"] == "abandoned"
+
+
 # Raw responses, whose body the caller reads.
 
 

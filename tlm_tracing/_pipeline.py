@@ -160,17 +160,19 @@ class Call:
         """The caller holds a stream, or a raw response, and may ask for the trust in it."""
         remember(stream, self)
 
-    def stream_ended(self, heard: Heard, outcome: str, error: BaseException | None = None) -> None:
+    def stream_ended(self, heard: Heard, how: str, error: BaseException | None = None) -> None:
         """A stream has ended: score what it said, if that is the whole answer."""
-        asked = self._stream_noted(heard, outcome, error)
+        asked = self._stream_noted(heard, how, error)
         if self._must_wait(None, asked):
             with self._leaving_early(None, asked):
                 verdict = asked.result()
             self._stream_concluded(verdict)
 
-    async def astream_ended(self, heard: Heard, outcome: str) -> None:
+    async def astream_ended(
+        self, heard: Heard, how: str, error: BaseException | None = None
+    ) -> None:
         """Same as :meth:`stream_ended`, but the event loop goes on meanwhile."""
-        asked = self._stream_noted(heard, outcome)
+        asked = self._stream_noted(heard, how, error)
         if self._must_wait(None, asked):
             with self._leaving_early(None, asked):
                 verdict = await asyncio.shield(asyncio.wrap_future(asked))
@@ -183,7 +185,11 @@ class Call:
             self._go_on_alone(None, self._stream_noted(heard, "closed"))
             return True
 
-        _scoring.later(record)
+        self.soon(record)
+
+    def soon(self, chore: Callable[[], bool]) -> None:
+        """Do something soon elsewhere, again and again until it gives True."""
+        _scoring.later(chore)
 
     def unobserved(self) -> None:
         """The answer goes to the caller unread, so there is nothing to score."""
@@ -203,15 +209,15 @@ class Call:
         return _scoring.unscored("scorer_error")
 
     def _stream_noted(
-        self, heard: Heard, outcome: str, error: BaseException | None = None
+        self, heard: Heard, how: str, error: BaseException | None = None
     ) -> Future[Verdict]:
         with guarded("recording a stream"):
             self._flag_only = True
             self.answer = heard.answer(self.endpoint)
             answered(self.answer, self)
-            outcome = self._outcome(outcome)
+            outcome = self._outcome(how, error)
             first = None if heard.first_at is None else heard.first_at - self._started
-            if error is not None:
+            if error is not None and outcome != "complete":
                 self._record.failed(error, self.answer, first_token=first, outcome=outcome)
             else:
                 self._record.answered(self.answer, first_token=first, outcome=outcome)
@@ -220,18 +226,20 @@ class Call:
             return _scoring.unscored("partial_stream")
         return _scoring.unscored("scorer_error")
 
-    def _outcome(self, outcome: str) -> str:
-        """How a stream ended for those who care for the answer.
+    def _outcome(self, how: str, error: BaseException | None) -> str:
+        """What became of a stream's answer.
 
-        A caller who stops at its last chunk, before the body's end, has all of it.
+        A caller who stops at the last chunk, before the body's end, has all of it.
         """
-        if outcome not in ("exhausted", "closed"):
-            return outcome
-        if self.answer is not None and self.endpoint.is_whole(self.answer):
+        answer = self.answer
+        if how != "interrupted" and answer is not None and self.endpoint.is_whole(answer):
             return "complete"
-        if self.answer is not None and self.endpoint.failure(self.answer) is not None:
+        if error is not None:
+            stopped = isinstance(error, (asyncio.CancelledError, KeyboardInterrupt, SystemExit))
+            return "cancelled" if stopped else "error"
+        if answer is not None and self.endpoint.failure(answer) is not None:
             return "error"
-        return "truncated" if outcome == "exhausted" else "abandoned"
+        return "truncated" if how == "exhausted" else "abandoned"
 
     def _ask(self, completion: Any) -> Future[Verdict]:
         """Ask for the score; the verdict may be there at once."""

@@ -1,25 +1,29 @@
 """A stream's life cycle.
 
 Chunks pass through untouched; per chunk nothing happens but keeping a reference. A stream ends
-exactly once for the record, however it ends: exhausted, failed, closed, or dropped. A raw
+exactly once for the record, however it ends: exhausted, failed, closed, dropped, or left lying
+after a loop. A raw
 response is heard by its body, as its caller reads it, until a stream is made of it.
 """
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import json
+import sys
 import threading
 import time
 import weakref
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any, Protocol
 
 from openai import AsyncStream, Stream
 from openai._streaming import SSEDecoder
 
 from tlm_tracing._endpoints import Endpoint
+
+# How long a stream may lie between two loops over it, in seconds.
+_MOMENT = 1.0
 
 
 class Heard:
@@ -84,16 +88,18 @@ class Listener(Protocol):
     def stream_opened(self, stream: Any) -> None:
         """It was handed to the caller."""
 
-    def stream_ended(self, heard: Heard, outcome: str, error: BaseException | None = None) -> None:
+    def stream_ended(self, heard: Heard, how: str, error: BaseException | None = None) -> None:
         """It has ended.
 
         Args:
             heard: What had come.
-            outcome: ``"exhausted"``, ``"closed"``, ``"cancelled"`` or ``"error"``.
-            error: What ended it, if it was an exception.
+            how: ``"exhausted"``, ``"closed"`` or ``"interrupted"``.
+            error: The exception that interrupted it, or because of which it was closed.
         """
 
-    async def astream_ended(self, heard: Heard, outcome: str) -> None:
+    async def astream_ended(
+        self, heard: Heard, how: str, error: BaseException | None = None
+    ) -> None:
         """It was exhausted or closed; the async twin."""
 
     def stream_dropped(self, heard: Heard) -> None:
@@ -103,6 +109,9 @@ class Listener(Protocol):
         be done here.
         """
 
+    def soon(self, chore: Callable[[], bool]) -> None:
+        """Do something soon elsewhere, again and again until it gives True."""
+
 
 class _Watch:
     """Watches one stream for its listener."""
@@ -111,25 +120,60 @@ class _Watch:
         self.heard = heard
         self.listener = listener
         self.hides_usage = hides_usage
+        self.reading: Callable[[], Any] = bool
+        self._opened_during = id(sys.exc_info()[1])
         self._ended = False
         self._lock = threading.Lock()
 
-    def ended(self, outcome: str) -> None:
+    def exhausted(self) -> None:
         if self._is_first():
-            self.listener.stream_ended(self.heard, outcome)
+            self.listener.stream_ended(self.heard, "exhausted")
 
-    async def aended(self, outcome: str) -> None:
+    async def aexhausted(self) -> None:
         if self._is_first():
-            await self.listener.astream_ended(self.heard, outcome)
+            await self.listener.astream_ended(self.heard, "exhausted")
+
+    def closed(self, error: BaseException | None) -> None:
+        if self._is_first():
+            self.listener.stream_ended(self.heard, "closed", error)
+
+    async def aclosed(self, error: BaseException | None) -> None:
+        if self._is_first():
+            await self.listener.astream_ended(self.heard, "closed", error)
 
     def interrupted(self, error: BaseException) -> None:
-        stopped = isinstance(error, (asyncio.CancelledError, KeyboardInterrupt, SystemExit))
         if self._is_first():
-            self.listener.stream_ended(self.heard, "cancelled" if stopped else "error", error)
+            self.listener.stream_ended(self.heard, "interrupted", error)
 
     def dropped(self) -> None:
         if self._is_first():
             self.listener.stream_dropped(self.heard)
+
+    def left(self) -> None:
+        """A loop over it was left; another one may go on, or not."""
+        if not self._ended:
+            until = time.monotonic() + _MOMENT
+            self.listener.soon(functools.partial(self._is_settled, len(self.heard.chunks), until))
+
+    def in_flight(self) -> BaseException | None:
+        """The exception on its way through the caller's code, such as a ``with`` block's."""
+        error = sys.exc_info()[1]
+        if isinstance(error, GeneratorExit) or id(error) == self._opened_during:
+            return None
+        return error
+
+    def _is_settled(self, read: int, until: float) -> bool:
+        if self._ended or self._is_read() or len(self.heard.chunks) != read:
+            return True
+        if time.monotonic() < until:
+            return False
+        self.dropped()
+        return True
+
+    def _is_read(self) -> bool:
+        """Whether somebody waits for the next chunk at this very moment."""
+        inner = self.reading()
+        return bool(getattr(inner, "gi_running", False) or getattr(inner, "ag_running", False))
 
     def _is_first(self) -> bool:
         # A collector's finalizer may interrupt the holder of this lock in its own thread; it
@@ -187,7 +231,7 @@ def traced(stream_cls: Any) -> Any:
         stream_cls: ``Stream[ChatCompletionChunk]``, its async twin, or a subclass.
     """
     is_async = issubclass(getattr(stream_cls, "__origin__", stream_cls), AsyncStream)
-    hear: Any = _aheard if is_async else _heard
+    hear: Any = _AsyncChunks if is_async else _Chunks
 
     class Traced(stream_cls):  # type: ignore[misc]
         def __init__(self, **kwargs: Any) -> None:
@@ -196,7 +240,7 @@ def traced(stream_cls: Any) -> Any:
 
         def __stream__(self) -> Any:
             self._tlm_inner = super().__stream__()
-            return hear(self, self._tlm_inner)
+            return hear(self)
 
     return Traced
 
@@ -220,14 +264,14 @@ def _follow(stream: Any, watch: _Watch) -> None:
     watch.listener.stream_opened(stream)
 
 
-def _heard(stream: Any, inner: Iterator[Any]) -> Iterator[Any]:
+def _heard(stream: Any) -> Iterator[Any]:
     watch: _Watch | None = getattr(stream, "_tlm_watch", None)
     if watch is None:
-        yield from inner
+        yield from stream._tlm_inner
         return
     add = watch.heard.add
     try:
-        for chunk in inner:
+        for chunk in stream._tlm_inner:
             add(chunk)
             if not (watch.hides_usage and _tells_usage_alone(chunk)):
                 yield chunk
@@ -237,18 +281,18 @@ def _heard(stream: Any, inner: Iterator[Any]) -> Iterator[Any]:
     except BaseException as error:
         watch.interrupted(error)
         raise
-    watch.ended("exhausted")
+    watch.exhausted()
 
 
-async def _aheard(stream: Any, inner: AsyncIterator[Any]) -> AsyncIterator[Any]:
+async def _aheard(stream: Any) -> AsyncIterator[Any]:
     watch: _Watch | None = getattr(stream, "_tlm_watch", None)
     if watch is None:
-        async for chunk in inner:
+        async for chunk in stream._tlm_inner:
             yield chunk
         return
     add = watch.heard.add
     try:
-        async for chunk in inner:
+        async for chunk in stream._tlm_inner:
             add(chunk)
             if not (watch.hides_usage and _tells_usage_alone(chunk)):
                 yield chunk
@@ -258,7 +302,70 @@ async def _aheard(stream: Any, inner: AsyncIterator[Any]) -> AsyncIterator[Any]:
     except BaseException as error:
         watch.interrupted(error)
         raise
-    await watch.aended("exhausted")
+    await watch.aexhausted()
+
+
+class _Chunks:
+    """A stream's chunks, by themselves or in loops; tells when a loop over them is left."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+        self._chunks = _heard(stream)
+
+    def __next__(self) -> Any:
+        return next(self._chunks)
+
+    def __iter__(self) -> Iterator[Any]:
+        return _Loop(self._chunks, getattr(self._stream, "_tlm_watch", None))
+
+
+class _AsyncChunks:
+    """The async twin."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+        self._chunks = _aheard(stream)
+
+    def __anext__(self) -> Awaitable[Any]:
+        return self._chunks.__anext__()
+
+    def __aiter__(self) -> AsyncIterator[Any]:
+        return _AsyncLoop(self._chunks, getattr(self._stream, "_tlm_watch", None))
+
+
+class _LoopEnd:
+    """What a loop holds for as long as it runs."""
+
+    __slots__ = ("_chunks", "_watch")
+
+    def __init__(self, chunks: Any, watch: _Watch | None) -> None:
+        self._chunks = chunks
+        self._watch = watch
+
+    def __del__(self) -> None:
+        if self._watch is not None:
+            self._watch.left()
+
+
+class _Loop(_LoopEnd):
+    __slots__ = ()
+
+    def __iter__(self) -> _Loop:
+        return self
+
+    def __next__(self) -> Any:
+        return next(self._chunks)
+
+
+class _AsyncLoop(_LoopEnd):
+    __slots__ = ()
+
+    def __aiter__(self) -> _AsyncLoop:
+        return self
+
+    def __anext__(self) -> Awaitable[Any]:
+        awaitable: Awaitable[Any] = self._chunks.__anext__()
+        return awaitable
 
 
 def _tells_usage_alone(chunk: Any) -> bool:
@@ -268,29 +375,33 @@ def _tells_usage_alone(chunk: Any) -> bool:
 def _tell_close(response: Any, watch: _Watch, inner: Any) -> None:
     """The one place that every early exit passes: the response is closed."""
     original = response.close
+    watch.reading = weakref.ref(inner)
 
     def close() -> Any:
         # At most once, so that no cycle outlives the stream.
         response.__dict__.pop("close", None)
+        error = watch.in_flight()
         try:
             return original()
         finally:
             if not inner.gi_running:
-                watch.ended("closed")
+                watch.closed(error)
 
     response.close = close
 
 
 def _tell_aclose(response: Any, watch: _Watch, inner: Any) -> None:
     original = response.aclose
+    watch.reading = weakref.ref(inner)
 
     async def aclose() -> Any:
         response.__dict__.pop("aclose", None)
+        error = watch.in_flight()
         try:
             return await original()
         finally:
             if not inner.ag_running:
-                await watch.aended("closed")
+                await watch.aclosed(error)
 
     response.aclose = aclose
 
@@ -333,14 +444,15 @@ class _SyncTap(_Tap):
                 self.watch.interrupted(error)
             raise
         if self.is_heard:
-            self.watch.ended("exhausted")
+            self.watch.exhausted()
 
     def close(self) -> None:
+        error = self.watch.in_flight()
         try:
             self._stream.close()
         finally:
             if self.is_heard:
-                self.watch.ended("closed")
+                self.watch.closed(error)
 
 
 class _AsyncTap(_Tap):
@@ -357,11 +469,12 @@ class _AsyncTap(_Tap):
                 self.watch.interrupted(error)
             raise
         if self.is_heard:
-            await self.watch.aended("exhausted")
+            await self.watch.aexhausted()
 
     async def aclose(self) -> None:
+        error = self.watch.in_flight()
         try:
             await self._stream.aclose()
         finally:
             if self.is_heard:
-                await self.watch.aended("closed")
+                await self.watch.aclosed(error)
