@@ -174,9 +174,9 @@ def run(code, sandbox, store, **more):
 APPLICATION = """
     import mlflow, openai, tlm_tracing as tt
     mlflow.set_experiment({experiment!r})
-    def ask():
+    def ask(**options):
         return openai.OpenAI().chat.completions.create(
-            model="gpt-4o", messages=[{{"role": "user", "content": "?"}}]
+            model="gpt-4o", messages=[{{"role": "user", "content": "?"}}], **options
         )
 """
 
@@ -217,6 +217,33 @@ def test_nothing_is_said_at_exit_after_inline_calls(sandbox, store, experiment, 
     assert "Warning" not in done.stderr.replace("SADeprecationWarning", "")
     assert "Error" not in done.stderr
     assert stored(experiment)[0].info.tags["trust_status"] == "scored"
+
+
+@pytest.mark.parametrize(
+    "use",
+    ["stream = ask(stream=True)", "stream = ask(stream=True); next(iter(stream))"],
+    ids=["unread", "begun"],
+)
+def test_a_stream_that_is_open_at_exit_is_recorded(use, sandbox, store, experiment, application):
+    done = run(f"{application}    tt.autolog()\n    {use}", sandbox, store)
+    assert done.returncode == 0, done.stderr
+    assert "Error" not in done.stderr
+    (found,) = stored(experiment)
+    assert found.data.spans[1].attributes["stream.outcome"] == "abandoned"
+    assert found.data.spans[0].attributes["tlm.reason"] == "partial_stream"
+
+
+def test_a_stream_that_was_read_and_dropped_is_scored_at_exit(
+    sandbox, store, experiment, application
+):
+    code = """
+    tt.autolog()
+    next(chunk for chunk in ask(stream=True) if chunk.choices[0].finish_reason)
+    """
+    done = run(application + code, sandbox, store)
+    assert done.returncode == 0, done.stderr
+    (found,) = stored(experiment)
+    assert found.info.tags["trust_status"] == "scored"
 
 
 def test_flush_may_be_called_at_exit(sandbox, store, experiment, application):

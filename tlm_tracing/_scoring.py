@@ -33,6 +33,8 @@ _EXIT_GRACE = 5.0
 _LAST_WORDS = 2.0
 _MOST_SCORERS = 256
 
+_last_chores: set[Callable[[], None]] = set()
+
 Find = Callable[[], Scorer]
 Ask = Callable[[Scorer], Awaitable[Any]]
 
@@ -74,6 +76,7 @@ class _Runtime:
         self.budget = Budget()
         self.gate = Gate()
         self.warned: set[str] = set()
+        self.asked = 0
         self.pending = 0
         self.scored = 0
         self.dropped = 0
@@ -82,9 +85,8 @@ class _Runtime:
         self.chores = _threads.Chores(self._drop)
         self._loop: asyncio.AbstractEventLoop | None = None
 
-    @property
-    def loop(self) -> asyncio.AbstractEventLoop:
-        """The scoring loop, started on first use."""
+    def start(self) -> asyncio.AbstractEventLoop:
+        """Start the scoring loop, unless it runs; gives it."""
         with self.lock:
             if self._loop is None:
                 self._loop = _threads.start_loop()
@@ -121,12 +123,12 @@ class _Runtime:
 
     def give_up(self) -> None:
         """Wait for no score any more: what is pending is unscored."""
-        self.loop.call_soon_threadsafe(self.ending.set_result, None)
+        self.start().call_soon_threadsafe(self.ending.set_result, None)
 
     def close_scorers(self) -> None:
         """Close what scorers hold open. The loop itself ends with the process."""
         scorers = [scorer for scorer, _ in self.breakers.values()]
-        closing = asyncio.run_coroutine_threadsafe(_close(scorers), self.loop)
+        closing = asyncio.run_coroutine_threadsafe(_close(scorers), self.start())
         with contextlib.suppress(Exception):
             closing.result(_EXIT_GRACE)
 
@@ -143,11 +145,22 @@ def submit(find: Find, ask: Ask, config: Config) -> Future[Verdict]:
         A future that always gets a verdict and never an exception.
     """
     verdict: Future[Verdict] = Future()
-    loop = _runtime.loop
+    loop = _runtime.start()
     with _runtime.lock:
+        _runtime.asked += 1
         _runtime.pending += 1
     asyncio.run_coroutine_threadsafe(_settle(find, ask, config, verdict), loop)
     return verdict
+
+
+def start(last_chore: Callable[[], None]) -> None:
+    """Be ready for what is left to do at the end of the process.
+
+    Args:
+        last_chore: Done then, before the last scores are waited for; given again, done once.
+    """
+    _last_chores.add(last_chore)
+    _runtime.start()
 
 
 def unscored(reason: str) -> Future[Verdict]:
@@ -206,9 +219,10 @@ def drain(timeout: float | None) -> bool:
         with _runtime.settled:
             if not _runtime.settled.wait_for(lambda: _runtime.pending == 0, left()):
                 return False
+            asked = _runtime.asked
         if not _runtime.chores.wait(left()):
             return False
-        if _runtime.pending == 0:  # a chore may have asked for another score
+        if _runtime.asked == asked:  # no chore has asked for another score meanwhile
             return True
 
 
@@ -381,6 +395,8 @@ async def _close(scorers_to_close: list[Scorer]) -> None:
 def _see_out(runtime: _Runtime) -> None:
     """Wait for the main thread to end, then for the last scores, then close up."""
     threading.main_thread().join()
+    for last_chore in list(_last_chores):
+        last_chore()
     if not drain(_EXIT_GRACE):
         runtime.give_up()
         drain(_LAST_WORDS)

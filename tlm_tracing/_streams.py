@@ -25,6 +25,8 @@ from tlm_tracing._endpoints import Endpoint
 # How long a stream may lie between two loops over it, in seconds.
 _MOMENT = 1.0
 
+_open: weakref.WeakSet[_Watch] = weakref.WeakSet()
+
 
 class Heard:
     """What has come of a stream so far.
@@ -124,6 +126,7 @@ class _Watch:
         self._opened_during = id(sys.exc_info()[1])
         self._ended = False
         self._lock = threading.Lock()
+        _open.add(self)
 
     def exhausted(self) -> None:
         if self._is_first():
@@ -191,6 +194,12 @@ def is_event_stream(response: Any) -> bool:
     """Whether a response's body is a stream of events."""
     kind = response.headers.get("content-type")
     return isinstance(kind, str) and "event-stream" in kind
+
+
+def drop_all() -> None:
+    """No stream is read any more: the process ends."""
+    for watch in list(_open):
+        watch.dropped()
 
 
 def listen(
@@ -428,6 +437,9 @@ class _Tap:
         self._stream = stream
         self.watch = watch
         self.is_heard = True
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)  # httpx2 keeps the response's elapsed time there
 
 
 class _SyncTap(_Tap):
