@@ -80,6 +80,15 @@ def test_an_async_response_is_scored_and_knows_its_trust():
     assert asyncio.run(main()).score == 0.9
 
 
+def test_mlflow_lists_a_response_by_its_texts(traces, sandbox):
+    sandbox.answer("Where?", "Here.")
+    ask(OpenAI(), "Where?")
+    with tt.trusted_span("block"):
+        ask(openai.OpenAI(), "Where?", instructions="Be brief.")
+    previews = {(t.info.request_preview, t.info.response_preview) for t in traces(2)}
+    assert previews == {("Where?", "Here.")}
+
+
 class City(pydantic.BaseModel):
     name: str
 

@@ -28,6 +28,7 @@ _NO_OP_TRACE_ID = "MLFLOW_NO_OP_SPAN_TRACE_ID"
 # As MLflow stores and shows them.
 _MESSAGE_FORMAT = "mlflow.message.format"
 _TOOLS = "mlflow.chat.tools"
+_PREVIEW = 1000
 _TRACEPARENT = re.compile("[0-9a-f]{2}-([0-9a-f]{32})-([0-9a-f]{16})-[0-9a-f]{2}")
 
 Rest = Callable[[], bool]
@@ -53,17 +54,28 @@ class _Record:
 
     def inputs(self, value: Any) -> None:
         """Record what went in."""
-        self._put(self._span.set_inputs, value)
+        self._preview(self._put(self._span.set_inputs, value))
 
     def outputs(self, value: Any) -> None:
         """Record what came out."""
         self._put(self._span.set_outputs, value)
 
-    def _put(self, put: Callable[[Any], None], value: Any) -> None:
+    def _put(self, put: Callable[[Any], None], value: Any) -> Any:
         try:
-            put(self._visible(value))
+            shown = self._visible(value)
+            put(shown)
         except Exception:
-            put(shape(value))  # an object of the user's that cannot even be shown as text
+            shown = shape(value)  # an object of the user's that cannot even be shown as text
+            put(shown)
+        return shown
+
+    def _preview(self, shown: Any) -> None:
+        """Have MLflow list a request to the Responses API by its text, as it does others."""
+        text = shown.get("input") if isinstance(shown, Mapping) else None
+        if self._span.parent_id is None and isinstance(text, str):
+            with _live.held(self._span.trace_id) as trace:
+                if trace is not None and trace.info.request_preview is None:
+                    trace.info.request_preview = text[:_PREVIEW]
 
     def activate(self) -> Any:
         """Make this MLflow's active span in the current context; gives the way back."""
@@ -116,6 +128,7 @@ class CallRecord(_Record):
             for span in (self._span, self._llm):
                 span.set_inputs(recorded)
                 span.set_attribute(_MESSAGE_FORMAT, "openai")
+            self._preview(recorded)
             # Tools from the request as it may be seen: their descriptions are content, too.
             tools = endpoint.tools(recorded) if isinstance(recorded, Mapping) else None
             self._note({"mlflow.llm.provider": provider, "mlflow.llm.model": model, _TOOLS: tools})
