@@ -10,7 +10,17 @@ import tlm_tracing
 PACKAGE = Path(tlm_tracing.__file__).parent
 FLOORS = [
     {"_data", "exceptions", "_live"},
-    {"_config", "_messages", "_endpoints", "_streams", "_annotate", "_scope", "_limits"}
+    {
+        "_config",
+        "_messages",
+        "_endpoints",
+        "_watching",
+        "_bodies",
+        "_streams",
+        "_annotate",
+        "_scope",
+        "_limits",
+    }
     | {"_patches", "_threads", "_visible", "report", "testing"},
     {"_record", "_scoring", "scorers"},
     {"_asking", "_returned", "_pipeline", "_propagation"},
@@ -21,7 +31,7 @@ FLOORS = [
 STEPS = {"_record", "_scoring", "scorers"}
 ROOMS = {
     "mlflow": {"_live", "_record", "_annotate", "_demo"},
-    "openai": {"_hook", "_streams", "_endpoints", "openai", "_demo"},
+    "openai": {"_hook", "_streams", "_bodies", "_endpoints", "openai", "_demo"},
     "cleanlab_tlm": {"scorers"},
     "aiohttp": {"scorers", "testing"},
     "rich": {"report", "_demo"},

@@ -11,7 +11,7 @@ from cleanlab_tlm.utils.chat import form_prompt_string
 
 import tlm_tracing as tt
 from tlm_tracing import _asking, _endpoints
-from tlm_tracing._endpoints import responses
+from tlm_tracing._endpoints import _items, responses
 from tlm_tracing._messages import Unscorable, render
 from tlm_tracing.openai import AsyncOpenAI, OpenAI
 
@@ -347,6 +347,16 @@ def test_images_and_files_are_not_sent_to_the_scorer():
         text_of({"input": [{"role": "user", "content": [picture]}]})
 
 
+def test_a_picture_that_a_tool_made_is_not_sent_to_the_scorer():
+    plot = {"type": "image", "url": "data:image/png;base64," + "A" * 1000}
+    ran = {"type": "code_interpreter_call", "id": "ci_1", "code": "plot()", "outputs": [plot]}
+    message = {"type": "message", "content": "Here it is."}
+    prompt, response = text_of({"input": "Plot it."}, {"output": [ran, message]})
+    assert response == "Here it is."
+    assert "plot()" in prompt
+    assert "AAAA" not in prompt
+
+
 @pytest.mark.parametrize("given", [None, [], 5, [5], ["text"], {"role": "user"}])
 def test_an_input_of_an_unheard_of_kind_is_unsupported(given):
     with pytest.raises(Unscorable, match="unsupported_content"):
@@ -399,8 +409,8 @@ def test_streamed_turns_are_remembered_and_recording_only_does_too(scorer):
 
 
 def test_no_more_turns_are_remembered_than_there_is_room_for(monkeypatch):
-    monkeypatch.setattr(responses, "_MOST_CHARACTERS", 1000)
-    turns = responses._Turns()
+    monkeypatch.setattr(_items, "_MOST_CHARACTERS", 1000)
+    turns = _items.Turns()
     for number in range(100):
         message = {"role": "user", "content": "x" * 100}
         turns.remember({}, {"id": f"r{number}"}, [message])
@@ -411,7 +421,7 @@ def test_no_more_turns_are_remembered_than_there_is_room_for(monkeypatch):
 
 
 def test_turns_that_name_each_other_come_to_an_end():
-    turns = responses._Turns()
+    turns = _items.Turns()
     turns.remember({"previous_response_id": "b"}, {"id": "a"}, [{"role": "user", "content": "1"}])
     turns.remember({"previous_response_id": "a"}, {"id": "b"}, [{"role": "user", "content": "2"}])
     earlier, is_partial = turns.before({"previous_response_id": "b"})

@@ -19,13 +19,13 @@ import openai
 from openai._legacy_response import LegacyAPIResponse
 
 from tlm_tracing import (
+    _bodies,
     _config,
     _endpoints,
     _patches,
     _pipeline,
     _record,
     _scope,
-    _scoring,
     _streams,
 )
 from tlm_tracing.exceptions import ConfigurationError
@@ -297,7 +297,6 @@ class _Heard:
         with _pipeline.guarded("reading an answer"):
             if isinstance(result, (openai.Stream, openai.AsyncStream)):
                 call.identified(result.response.headers)
-                _scoring.start(_streams.drop_all)
                 _streams.listen(result, call, hides_usage=self._hides_usage)
                 return None
             response = getattr(result, "http_response", None)
@@ -305,10 +304,9 @@ class _Heard:
                 return result
             call.identified(response.headers)
             call.stream_opened(result)
-            if not response.is_closed or _streams.is_event_stream(response):
+            if not response.is_closed or _bodies.is_event_stream(response):
                 # The caller reads the body, if anybody does.
-                _scoring.start(_streams.drop_all)
-                _streams.listen_to_body(response, call)
+                _bodies.listen(response, call)
                 return None
             return self._parsed(result)
         call.unobserved()

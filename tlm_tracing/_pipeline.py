@@ -17,19 +17,17 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from tlm_tracing import _annotate, _asking, _record, _scope, _scoring, _threads
+from tlm_tracing import _annotate, _asking, _record, _scope, _scoring, _threads, _watching
 from tlm_tracing._config import Config
 from tlm_tracing._data import Trust
 from tlm_tracing._endpoints import Endpoint
 from tlm_tracing._messages import Unscorable
 from tlm_tracing._returned import answered, plain, remember
 from tlm_tracing._scoring import Verdict
+from tlm_tracing._watching import Heard
 from tlm_tracing.exceptions import UntrustworthyResponseError
-
-if TYPE_CHECKING:
-    from tlm_tracing._streams import Heard
 
 _logger = logging.getLogger("tlm_tracing")
 
@@ -158,6 +156,7 @@ class Call:
 
     def stream_opened(self, stream: Any) -> None:
         """The caller holds a stream, or a raw response, and may ask for the trust in it."""
+        _scoring.start(_watching.drop_all)
         remember(stream, self)
 
     def stream_ended(self, heard: Heard, how: str, error: BaseException | None = None) -> None:
