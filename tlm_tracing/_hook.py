@@ -112,14 +112,14 @@ def traced_class(base: Any) -> Any:
         _SETTINGS: {},
         "request": _async_method(base) if is_async else _sync_method(base),
         "_prepare_request": _async_attempt(base) if is_async else _sync_attempt(base),
-        "copy": functools.wraps(base.copy)(copy),
-        "with_options": functools.wraps(base.copy)(copy),
+        "copy": _patches.like(base.copy)(copy),
+        "with_options": _patches.like(base.copy)(copy),
     }
     return type(base.__name__, (base,), members)
 
 
 def _sync_method(base: Any) -> Any:
-    @functools.wraps(base.request)
+    @_patches.like(base.request)
     def request(self: Any, *args: Any, **kwargs: Any) -> Any:
         return _request(functools.partial(base.request, self), self, args, kwargs)
 
@@ -127,7 +127,7 @@ def _sync_method(base: Any) -> Any:
 
 
 def _async_method(base: Any) -> Any:
-    @functools.wraps(base.request)
+    @_patches.like(base.request)
     async def request(self: Any, *args: Any, **kwargs: Any) -> Any:
         return await _arequest(functools.partial(base.request, self), self, args, kwargs)
 
@@ -135,7 +135,7 @@ def _async_method(base: Any) -> Any:
 
 
 def _sync_attempt(base: Any) -> Any:
-    @functools.wraps(base._prepare_request)
+    @_patches.like(base._prepare_request)
     def _prepare_request(self: Any, request: Any) -> None:
         base._prepare_request(self, request)
         _attempted(request)
@@ -144,7 +144,7 @@ def _sync_attempt(base: Any) -> Any:
 
 
 def _async_attempt(base: Any) -> Any:
-    @functools.wraps(base._prepare_request)
+    @_patches.like(base._prepare_request)
     async def _prepare_request(self: Any, request: Any) -> None:
         await base._prepare_request(self, request)
         _attempted(request)

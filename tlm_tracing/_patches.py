@@ -1,15 +1,32 @@
-"""Methods of other people's classes, wrapped while somebody wants it and without residue after."""
+"""Other people's functions: wrapped to look as before, and without residue after."""
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import inspect
 import threading
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import wrapt
 
+FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
+
 Wrapper = Callable[[Any, Any, Any, Any], Any]
 """What runs instead of a method: ``(wrapped, instance, args, kwargs)``."""
+
+
+def like(original: Callable[..., Any]) -> Callable[[FunctionT], FunctionT]:
+    """Make a function look like the one that it wraps, also to ``inspect.getfullargspec``."""
+
+    def decorate(function: FunctionT) -> FunctionT:
+        wrapper: Any = functools.wraps(original)(function)
+        with contextlib.suppress(TypeError, ValueError):  # some builtins have none
+            wrapper.__signature__ = inspect.signature(original)
+        return wrapper  # type: ignore[no-any-return]
+
+    return decorate
 
 
 class Patches:

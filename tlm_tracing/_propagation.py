@@ -5,7 +5,6 @@ Context variables reach tasks and ``asyncio.to_thread`` by themselves, but no th
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, ParamSpec, TypeVar
@@ -35,7 +34,7 @@ def propagate(function: Callable[P, R]) -> Callable[P, R]:
     scope = _scope.current()
     span = _record.active()
 
-    @functools.wraps(function)
+    @_patches.like(function)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
         with _scope.entered(scope), _record.activated(span):
             return function(*args, **kwargs)

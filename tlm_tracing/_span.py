@@ -10,7 +10,7 @@ from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Mappi
 from types import TracebackType
 from typing import Any, ParamSpec, TypeVar, overload
 
-from tlm_tracing import _config
+from tlm_tracing import _config, _patches
 from tlm_tracing._data import Trust
 from tlm_tracing._scope import Scope, suppressed
 from tlm_tracing.exceptions import ConfigurationError
@@ -227,7 +227,7 @@ OpenSpan = Callable[[Any, Any], TrustedSpan]
 
 
 def _plain(function: Callable[P, R], open_span: OpenSpan) -> Callable[P, R]:
-    @functools.wraps(function)
+    @_patches.like(function)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
         span = open_span(args, kwargs)
         with _closing(span), span._active():
@@ -239,7 +239,7 @@ def _plain(function: Callable[P, R], open_span: OpenSpan) -> Callable[P, R]:
 
 
 def _coroutine(function: Callable[P, Any], open_span: OpenSpan) -> Callable[P, Any]:
-    @functools.wraps(function)
+    @_patches.like(function)
     async def wrapper(*args: P.args, **kwargs: P.kwargs) -> Any:
         span = open_span(args, kwargs)
         with _closing(span), span._active():
@@ -253,7 +253,7 @@ def _coroutine(function: Callable[P, Any], open_span: OpenSpan) -> Callable[P, A
 def _generator(function: Callable[P, Any], open_span: OpenSpan) -> Callable[P, Any]:
     """The span is active while the generator's own code runs, never in its consumer."""
 
-    @functools.wraps(function)
+    @_patches.like(function)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> Generator[Any, Any, Any]:
         span = open_span(args, kwargs)
         yielded = _Yielded()
@@ -270,8 +270,6 @@ def _generator(function: Callable[P, Any], open_span: OpenSpan) -> Callable[P, A
                     yielded.add(item)
                     try:
                         step = functools.partial(steps.send, (yield item))
-                    except GeneratorExit:
-                        raise
                     except BaseException as error:
                         step = functools.partial(steps.throw, error)
             finally:
@@ -282,7 +280,7 @@ def _generator(function: Callable[P, Any], open_span: OpenSpan) -> Callable[P, A
 
 
 def _async_generator(function: Callable[P, Any], open_span: OpenSpan) -> Callable[P, Any]:
-    @functools.wraps(function)
+    @_patches.like(function)
     async def wrapper(*args: P.args, **kwargs: P.kwargs) -> AsyncGenerator[Any, Any]:
         span = open_span(args, kwargs)
         yielded = _Yielded()
@@ -299,8 +297,6 @@ def _async_generator(function: Callable[P, Any], open_span: OpenSpan) -> Callabl
                     yielded.add(item)
                     try:
                         step = functools.partial(steps.asend, (yield item))
-                    except GeneratorExit:
-                        raise
                     except BaseException as error:
                         step = functools.partial(steps.athrow, error)
             finally:
