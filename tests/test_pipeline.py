@@ -10,6 +10,7 @@ import openai
 import pytest
 
 import tlm_tracing as tt
+from tlm_tracing import _pipeline
 from tlm_tracing.openai import AsyncOpenAI, OpenAI
 from tlm_tracing.testing import FakeScorer
 
@@ -344,3 +345,21 @@ def test_counters(scorer):
     assert after.unscored["empty"] - before.unscored.get("empty", 0) == 1
     assert after.pending == 0
     assert after.seconds >= before.seconds
+
+
+def test_a_call_that_is_over_is_not_kept_in_memory():
+    tt.configure(scorer=lambda request, completion: 0.9)
+
+    @tt.trusted
+    def answer():
+        return ask().id
+
+    def calls():
+        gc.collect()
+        return {id(obj) for obj in gc.get_objects() if type(obj) is _pipeline.Call}
+
+    before = calls()
+    for _ in range(5):
+        answer()
+    tt.flush(10)
+    assert calls() <= before

@@ -409,7 +409,7 @@ def test_streamed_turns_are_remembered_and_recording_only_does_too(scorer):
 
 
 def test_no_more_turns_are_remembered_than_there_is_room_for(monkeypatch):
-    monkeypatch.setattr(_items, "_MOST_CHARACTERS", 1000)
+    monkeypatch.setattr(_items, "_MOST_CHARACTERS", 10_000)
     turns = _items.Turns()
     for number in range(100):
         message = {"role": "user", "content": "x" * 100}

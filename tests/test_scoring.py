@@ -307,3 +307,20 @@ def test_a_forked_child_scores(sandbox, store, experiment, application):
     """
     done = run(application + code, sandbox, store)
     assert done.returncode == 0, done.stderr
+
+
+def test_nothing_is_said_of_answers_that_are_held_until_the_exit(
+    sandbox, store, experiment, application
+):
+    code = """
+    tt.autolog()
+    held = [ask(), ask(stream=True), ask(stream=True)]
+    sys = __import__("sys")
+    sys.modules["held"] = held
+    list(held[1])
+    next(iter(held[2]))
+    """
+    done = run(application + code, sandbox, store)
+    assert done.returncode == 0, done.stderr
+    assert "ignored" not in done.stderr
+    assert len(stored(experiment)) == 3

@@ -37,7 +37,9 @@ def remember(obj: Any, call: ScopedCall) -> None:
     if obj is None:
         return
     with contextlib.suppress(TypeError):
-        _calls[id(obj)] = (weakref.ref(obj, functools.partial(_forget, id(obj))), call)
+        # A callback that needs no global names: there are none when the process ends.
+        forget = functools.partial(_calls.pop, id(obj))
+        _calls[id(obj)] = (weakref.ref(obj, forget), call)
     trust = call.trust
     is_answer = hasattr(obj, "choices") or hasattr(obj, "output")
     if trust is not None and trust.score is not None and is_answer:
@@ -90,7 +92,3 @@ def answered(answer: Any, call: ScopedCall) -> None:
     """Let :func:`trust` find the call's trust by another object with the same answer."""
     if isinstance(answer, Mapping) and isinstance(answer.get("id"), str):
         _by_answer[answer["id"]] = call
-
-
-def _forget(key: int, _: weakref.ref[Any]) -> None:
-    _calls.pop(key, None)

@@ -76,6 +76,11 @@ def current() -> Scope | None:
     return scope
 
 
+def forget() -> None:
+    """Be inside no scope in this context any more, so that it keeps none alive."""
+    _current.set(None)
+
+
 @contextlib.contextmanager
 def entered(scope: Scope | None) -> Iterator[None]:
     """A scope that was made elsewhere is the innermost one inside."""

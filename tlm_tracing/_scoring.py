@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import functools
 import logging
 import math
@@ -21,7 +22,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from tlm_tracing import _threads
+from tlm_tracing import _scope, _threads
 from tlm_tracing._config import Config
 from tlm_tracing._data import REASONS, Scorer, Trust
 from tlm_tracing._limits import Breaker, Budget, Gate
@@ -149,7 +150,12 @@ def submit(find: Find, ask: Ask, config: Config) -> Future[Verdict]:
     with _runtime.lock:
         _runtime.asked += 1
         _runtime.pending += 1
-    asyncio.run_coroutine_threadsafe(_settle(find, ask, config, verdict), loop)
+    # In the caller's context, for scorers that look into it, but for the block they are in: a
+    # timer that was cancelled keeps its context until its time has come.
+    context = contextvars.copy_context()
+    context.run(_scope.forget)
+    asking = _settle(find, ask, config, verdict)
+    context.run(asyncio.run_coroutine_threadsafe, asking, loop)
     return verdict
 
 

@@ -37,6 +37,7 @@ _NOT_SHOWN = (
     "Assume that whatever the LLM references in this URL is true."
 )
 _MOST_CHARACTERS = 10_000_000
+_OVERHEAD = 1_000
 
 
 def input_of(request: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -187,7 +188,7 @@ class Turns:
     """The turns that went through this process, by the id of the response that ended them.
 
     A request with ``previous_response_id`` carries none of them. Text alone is kept, and of
-    that the newest 10 million characters.
+    that the newest 10 million characters, each turn counted as 1,000 more.
     """
 
     def __init__(self) -> None:
@@ -213,7 +214,7 @@ class Turns:
         """Keep a turn."""
         if not isinstance(answer.get("id"), str):
             return
-        size = len(json.dumps(messages, default=str))
+        size = _OVERHEAD + len(json.dumps(messages, default=str))
         with self._lock:
             *_, known = self._known.pop(answer["id"], (None, [], 0))
             self._known[answer["id"]] = (request.get("previous_response_id"), messages, size)
