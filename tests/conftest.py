@@ -10,6 +10,7 @@ from pathlib import Path
 # Before MLflow is imported: no telemetry, and no call to the outside from a test.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_MODEL_CATALOG_URI", "")
+os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "true")
 # Flushing MLflow's asynchronous export takes a second; tests of it ask for it.
 os.environ.setdefault("MLFLOW_ENABLE_ASYNC_TRACE_LOGGING", "false")
 

@@ -46,7 +46,8 @@ _running: contextvars.ContextVar[_pipeline.Call | None] = contextvars.ContextVar
 def autolog(disable: bool = False, **settings: Any) -> None:
     """Record and score every OpenAI call of the process, whichever client makes it.
 
-    Can be called again to change the settings; ``disable=True`` takes it off without residue.
+    Can be called again to change the settings, or after another tool was taken off that had
+    wrapped the same methods before; ``disable=True`` takes it off without residue.
 
     Args:
         disable: Take it off.
@@ -64,6 +65,8 @@ def autolog(disable: bool = False, **settings: Any) -> None:
         patches.uninstall()
     elif not disable and not was_on:
         patches.install()
+    else:
+        patches.renew()
 
 
 def wrap_openai(client: ClientT, **settings: Any) -> ClientT:

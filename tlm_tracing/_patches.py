@@ -50,9 +50,13 @@ class Patches:
         """Wrap the methods, unless they are; each install is undone by one uninstall."""
         with self._lock:
             self.users += 1
-            for (cls, name), wrapper in self._wrappers.items():
-                if not self._leads_to_ours(cls, name):
-                    wrapt.wrap_function_wrapper(cls, name, wrapper)
+            self._wrap()
+
+    def renew(self) -> None:
+        """Wrap them again if they are to be, but another tool has put back what it had found."""
+        with self._lock:
+            if self.users:
+                self._wrap()
 
     def uninstall(self) -> None:
         """Take the wrappers off when nobody wants them any more."""
@@ -67,6 +71,11 @@ class Patches:
                 delattr(cls, name)
                 if getattr(cls, name) is not method.__wrapped__:
                     setattr(cls, name, method.__wrapped__)
+
+    def _wrap(self) -> None:
+        for (cls, name), wrapper in self._wrappers.items():
+            if not self._leads_to_ours(cls, name):
+                wrapt.wrap_function_wrapper(cls, name, wrapper)
 
     def _is_ours(self, method: Any) -> bool:
         return getattr(method, "_self_wrapper", None) in self._wrappers.values()

@@ -24,7 +24,7 @@ from tlm_tracing._config import Config
 from tlm_tracing._data import Trust
 from tlm_tracing._endpoints import Endpoint
 from tlm_tracing._messages import Unscorable
-from tlm_tracing._returned import answered, plain, remember
+from tlm_tracing._returned import answered, http_response, plain, remember
 from tlm_tracing._scoring import Verdict
 from tlm_tracing._watching import Heard
 from tlm_tracing.exceptions import UntrustworthyResponseError
@@ -158,6 +158,7 @@ class Call:
         """The caller holds a stream, or a raw response, and may ask for the trust in it."""
         _scoring.start(_watching.drop_all)
         remember(stream, self)
+        remember(http_response(stream), self)
 
     def stream_ended(self, heard: Heard, how: str, error: BaseException | None = None) -> None:
         """A stream has ended: score what it said, if that is the whole answer."""

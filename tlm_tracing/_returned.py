@@ -74,9 +74,9 @@ def trust(obj: Any) -> Trust | None:
     found = _calls.get(id(obj))
     if found is not None and found[0]() is obj:
         return found[1].trust
-    raw = getattr(obj, "_raw_stream", None)
-    if raw is not None:
-        return trust(raw)
+    inner = getattr(obj, "_raw_stream", None) or http_response(obj)
+    if inner is not None and (known := trust(inner)) is not None:
+        return known
     metadata = getattr(obj, "tlm_metadata", None)
     if isinstance(metadata, Mapping):
         return Trust(
@@ -86,6 +86,11 @@ def trust(obj: Any) -> Trust | None:
     answer_id = getattr(obj, "id", None)
     call = _by_answer.get(answer_id) if isinstance(answer_id, str) else None
     return None if call is None else call.trust
+
+
+def http_response(obj: Any) -> Any:
+    """What a stream or a raw response is read from; what others wrap round one has it, too."""
+    return getattr(obj, "response", None) or getattr(obj, "http_response", None)
 
 
 def answered(answer: Any, call: ScopedCall) -> None:

@@ -45,7 +45,9 @@ def traced(stream_cls: Any) -> Any:
     class Traced(stream_cls):  # type: ignore[misc]
         def __init__(self, **kwargs: Any) -> None:
             super().__init__(**kwargs)
-            _made(self, stream_cls)
+            if type(self) is Traced:  # and not a class that another tool has made of it
+                self.__class__ = getattr(stream_cls, "__origin__", stream_cls)
+            _made(self)
 
         def __stream__(self) -> Any:
             self._tlm_inner = super().__stream__()
@@ -54,9 +56,8 @@ def traced(stream_cls: Any) -> Any:
     return Traced
 
 
-def _made(stream: Any, stream_cls: Any) -> None:
-    """A new stream takes the class that it would have without us."""
-    stream.__class__ = getattr(stream_cls, "__origin__", stream_cls)
+def _made(stream: Any) -> None:
+    """A new stream is followed at once, if its raw response was."""
     watch = _bodies.hand_over(stream.response)
     if watch is not None:
         watch.heard = Heard(watch.listener.endpoint.is_token)
@@ -67,7 +68,7 @@ def _follow(stream: Any, watch: Watch) -> None:
     stream._tlm_watch = watch
     weakref.finalize(stream, watch.dropped).atexit = False
     tell = _tell_aclose if isinstance(stream, AsyncStream) else _tell_close
-    tell(stream.response, watch, stream._tlm_inner)
+    tell(stream.response, watch)
     watch.listener.stream_opened(stream)
 
 
@@ -76,6 +77,7 @@ def _heard(stream: Any) -> Iterator[Any]:
     if watch is None:
         yield from stream._tlm_inner
         return
+    watch.reading = weakref.ref(stream._tlm_inner)
     add = watch.heard.add
     hides_usage = getattr(stream, "_tlm_hides_usage", False)
     try:
@@ -98,6 +100,7 @@ async def _aheard(stream: Any) -> AsyncIterator[Any]:
         async for chunk in stream._tlm_inner:
             yield chunk
         return
+    watch.reading = weakref.ref(stream._tlm_inner)
     add = watch.heard.add
     hides_usage = getattr(stream, "_tlm_hides_usage", False)
     try:
@@ -181,10 +184,9 @@ def _tells_usage_alone(chunk: Any) -> bool:
     return not getattr(chunk, "choices", None) and getattr(chunk, "usage", None) is not None
 
 
-def _tell_close(response: Any, watch: Watch, inner: Any) -> None:
+def _tell_close(response: Any, watch: Watch) -> None:
     """The one place that every early exit passes: the response is closed."""
     original = response.close
-    watch.reading = weakref.ref(inner)
 
     def close() -> Any:
         # At most once, so that no cycle outlives the stream.
@@ -193,15 +195,14 @@ def _tell_close(response: Any, watch: Watch, inner: Any) -> None:
         try:
             return original()
         finally:
-            if not inner.gi_running:
+            if not watch.is_read():
                 watch.closed(error)
 
     response.close = close
 
 
-def _tell_aclose(response: Any, watch: Watch, inner: Any) -> None:
+def _tell_aclose(response: Any, watch: Watch) -> None:
     original = response.aclose
-    watch.reading = weakref.ref(inner)
 
     async def aclose() -> Any:
         response.__dict__.pop("aclose", None)
@@ -209,7 +210,7 @@ def _tell_aclose(response: Any, watch: Watch, inner: Any) -> None:
         try:
             return await original()
         finally:
-            if not inner.ag_running:
+            if not watch.is_read():
                 await watch.aclosed(error)
 
     response.aclose = aclose

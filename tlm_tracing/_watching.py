@@ -145,14 +145,14 @@ class Watch:
         return error
 
     def _is_settled(self, read: int, until: float) -> bool:
-        if self._ended or self._is_read() or len(self.heard.chunks) != read:
+        if self._ended or self.is_read() or len(self.heard.chunks) != read:
             return True
         if time.monotonic() < until:
             return False
         self.dropped()
         return True
 
-    def _is_read(self) -> bool:
+    def is_read(self) -> bool:
         """Whether somebody waits for the next chunk at this very moment."""
         inner = self.reading()
         return bool(getattr(inner, "gi_running", False) or getattr(inner, "ag_running", False))
