@@ -84,7 +84,7 @@ class _Record:
     def deactivate(self, token: Any) -> None:
         """Undo :meth:`activate`."""
         if token is not None:
-            detach_span_from_context(token)
+            _detach(token)
 
     def _end(self, *inner: LiveSpan | None) -> Rest | None:
         """End the span; gives what remains to be done when its trace ended before it."""
@@ -307,7 +307,7 @@ def activated(span: Any) -> Iterator[None]:
         yield
     finally:
         if token is not None:
-            detach_span_from_context(token)
+            _detach(token)
 
 
 @contextlib.contextmanager
@@ -320,6 +320,12 @@ def silenced() -> Iterator[None]:
 def flush() -> None:
     """Have MLflow write what it holds back for asynchronous export."""
     mlflow.flush_trace_async_logging()
+
+
+def _detach(token: Any) -> None:
+    # In another context than it was set in there is nothing to undo; MLflow raises until 3.16.
+    with contextlib.suppress(ValueError):
+        detach_span_from_context(token)
 
 
 def _start(name: str, kind: str, parent: LiveSpan | None) -> LiveSpan:

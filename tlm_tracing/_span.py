@@ -6,7 +6,8 @@ import contextlib
 import functools
 import inspect
 import logging
-from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Mapping
+import sys
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Iterator, Mapping
 from types import TracebackType
 from typing import Any, ParamSpec, TypeVar, overload
 
@@ -273,6 +274,7 @@ def _generator(function: Callable[P, Any], open_span: OpenSpan) -> Callable[P, A
                     except BaseException as error:
                         step = functools.partial(steps.throw, error)
             finally:
+                del step  # what was thrown would be held by its own traceback
                 with span._active():
                     steps.close()
 
@@ -286,7 +288,7 @@ def _async_generator(function: Callable[P, Any], open_span: OpenSpan) -> Callabl
         yielded = _Yielded()
         with _closing(span, yielded):
             steps = function(*args, **kwargs)
-            step = functools.partial(steps.asend, None)
+            step = functools.partial(_first_step, steps)
             try:
                 while True:
                     try:
@@ -300,10 +302,24 @@ def _async_generator(function: Callable[P, Any], open_span: OpenSpan) -> Callabl
                     except BaseException as error:
                         step = functools.partial(steps.athrow, error)
             finally:
+                del step
                 with span._active():
                     await steps.aclose()
 
     return wrapper
+
+
+def _first_step(steps: AsyncGenerator[Any, Any]) -> Awaitable[Any]:
+    """Begin without the event loop's knowledge, which would close both at its end.
+
+    It knows of the generator round this one, which closes it.
+    """
+    hooks = sys.get_asyncgen_hooks()
+    sys.set_asyncgen_hooks(None, None)
+    try:
+        return steps.asend(None)
+    finally:
+        sys.set_asyncgen_hooks(*hooks)
 
 
 class _Yielded:
@@ -331,6 +347,7 @@ def _closing(span: TrustedSpan, yielded: _Yielded | None = None) -> Iterator[Non
         if yielded is not None and yielded.texts:
             span.set_outputs("".join(yielded.texts))
         span._close(error)
+        del error  # which would be held by its own traceback
 
 
 def _arguments(function: Any, args: Any, kwargs: Any) -> dict[str, Any]:
