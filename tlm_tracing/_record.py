@@ -323,7 +323,7 @@ def flush() -> None:
 
 
 def _detach(token: Any) -> None:
-    # In another context than it was set in there is nothing to undo; MLflow raises until 3.16.
+    # In another context there is nothing to undo; older MLflows raise.
     with contextlib.suppress(ValueError):
         detach_span_from_context(token)
 
