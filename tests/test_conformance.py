@@ -805,8 +805,16 @@ def test_create_cancelled(way, trace, sandbox):
     assert_failed(llm(trace()), "CancelledError")
 
 
+@pytest.fixture
+def interruptible():
+    """A process that a shell has put into the background ignores the signal otherwise."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @row(64, "KeyboardInterrupt out of the call: ended, and ERROR")
-def test_keyboard_interrupt(way, trace, sandbox):
+def test_keyboard_interrupt(way, trace, sandbox, interruptible):
     def press_ctrl_c():
         sandbox.wait_for("openai", 1)
         signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
