@@ -322,5 +322,6 @@ def test_nothing_is_said_of_answers_that_are_held_until_the_exit(
     """
     done = run(application + code, sandbox, store)
     assert done.returncode == 0, done.stderr
-    assert "ignored" not in done.stderr
+    # OpenAI's client may complain of the stream that nobody closed.
+    assert "tlm_tracing" not in done.stderr
     assert len(stored(experiment)) == 3
