@@ -144,7 +144,7 @@ def test_a_structured_answer_is_scored_as_text_and_by_field(hosted, trace, sandb
     assert span(found).outputs["fields"]["population"]["trust_score"] == 0.2
     assert span(found).outputs["fields"]["population"]["explanation"]
     assert span(found).inputs["response"] == completion.choices[0].message.content
-    text, fields = sandbox.requests("tlm")
+    text, fields = sorted(sandbox.requests("tlm"), key=lambda request: request.path)
     assert text.path.endswith("/get_confidence_score")
     assert fields.json["response_format"] == FORMAT
     assert fields.json["log"] == ["per_field_score"]
@@ -183,10 +183,8 @@ def test_only_an_answer_with_fields_is_asked_about_them(options, sandbox):
 
 @pytest.mark.parametrize("fault", [{"status": 500}, {"status": 404}, {"hang": True}])
 def test_fields_that_do_not_come_cost_no_score(fault, sandbox):
+    sandbox.default("tlm", score=0.6, field_fault=fault)
     client = tt.wrap_openai(openai.OpenAI(), scorer=HostedTLM(), timeout=2)
-    # The score's request takes the connection that is open, that on fields opens another.
-    ask(client)
-    sandbox.script("tlm", {"score": 0.6}, fault, fault, fault)
     trust = tt.trust(ask(client, response_format=FORMAT))
     assert (trust.score, trust.fields) == (0.6, None)
 

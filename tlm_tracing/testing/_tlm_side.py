@@ -30,6 +30,8 @@ def tlm_side(state: State, hold: Hold) -> web.Application:
             if not isinstance(body, Mapping):
                 return web.json_response({"error": "The body is no JSON object."}, status=400)
             behaviour = state.behaviour("tlm", request.path, await request.read(), "")
+            if answer is _openai_score:
+                behaviour |= behaviour.get("field_fault") or {}
             trouble = await fault(behaviour, hold, _error(behaviour))
             if trouble is not None:
                 return trouble

@@ -34,6 +34,7 @@ class Sandbox:
     ``"image_generation"``), or in its place (``"computer"``), and ``failed``.
 
     Of the TLM side: ``score`` (anything), ``field_scores`` (of a structured answer, by field),
+    ``field_fault`` (a behaviour for where those are asked for alone),
     ``no_score``, ``explanation``, ``no_log``, ``empty_body``, ``partial``, ``drip`` (seconds a
     byte), ``code`` (of an error).
 
