@@ -4,7 +4,6 @@ import asyncio
 import copy
 import gc
 import inspect
-import logging
 import pickle
 import sys
 
@@ -385,7 +384,7 @@ def test_an_async_generator_may_be_driven_from_anywhere(function, use, traces, c
             await ask_async()
 
     asyncio.run(main())
-    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
+    assert "different Context" not in caplog.text
     found = traces(2)
     assert {trace.data.spans[0].name for trace in found} == {"decorated", "after"}
     assert {trace.info.state.value for trace in found} == {"OK"}
@@ -399,7 +398,7 @@ def test_a_block_may_be_entered_in_one_task_and_left_in_another(trace, caplog):
         await asyncio.create_task(block.__aexit__(None, None, None))
 
     asyncio.run(main())
-    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
+    assert "different Context" not in caplog.text
     assert trace().data.spans[0].end_time_ns
 
 

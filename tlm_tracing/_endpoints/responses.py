@@ -59,6 +59,7 @@ def assemble(events: Iterable[Any]) -> dict[str, Any]:
             answer = _dump(event)["response"]
         elif _kind(event) == "error":
             told = _dump(event)
+            told = told.get("data") or told
             answer["error"] = {"code": told.get("code"), "message": told.get("message")}
     return {"object": "response", **answer, "output": _output(events)}
 
@@ -170,7 +171,10 @@ def as_chat(
 
 
 def _kind(event: Any) -> Any:
-    return event.get("type") if isinstance(event, Mapping) else getattr(event, "type", None)
+    if isinstance(event, Mapping):
+        return event.get("type")
+    # openai before 1.99 gives an error as another kind of event, which has its kind elsewhere.
+    return getattr(event, "type", None) or getattr(event, "event", None)
 
 
 def _dump(event: Any) -> dict[str, Any]:
