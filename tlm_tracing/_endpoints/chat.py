@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from tlm_tracing._endpoints import _usage
+
 NAME = "chat.completions"
 VERB = "chat"
 
@@ -72,12 +74,8 @@ def tools(request: Mapping[str, Any]) -> list[Any]:
 
 def attributes(answer: Mapping[str, Any]) -> dict[str, Any]:
     """By OpenTelemetry's GenAI conventions where they have a name, else OpenAI's."""
-    usage = answer.get("usage")
     return {
-        "mlflow.chat.tokenUsage": _usage(usage) if isinstance(usage, Mapping) else None,
-        "gen_ai.usage.reasoning.output_tokens": _detail(
-            usage, "completion_tokens_details", "reasoning_tokens"
-        ),
+        **_usage.attributes(answer, "prompt", "completion"),
         "gen_ai.response.finish_reasons": [
             reason for one in _choices(answer) if (reason := one.get("finish_reason"))
         ],
@@ -103,21 +101,6 @@ def as_chat(
 
 def _choices(answer: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return [one for one in answer.get("choices") or () if isinstance(one, Mapping)]
-
-
-def _usage(usage: Mapping[str, Any]) -> dict[str, int]:
-    counts = {
-        "input_tokens": usage.get("prompt_tokens"),
-        "output_tokens": usage.get("completion_tokens"),
-        "total_tokens": usage.get("total_tokens"),
-        "cache_read_input_tokens": _detail(usage, "prompt_tokens_details", "cached_tokens"),
-    }
-    return {key: count for key, count in counts.items() if isinstance(count, int)}
-
-
-def _detail(usage: Any, group: str, name: str) -> Any:
-    details = usage.get(group) if isinstance(usage, Mapping) else None
-    return details.get(name) if isinstance(details, Mapping) else None
 
 
 def _dump(chunk: Any) -> dict[str, Any]:

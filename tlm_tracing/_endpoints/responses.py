@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from tlm_tracing._endpoints import _items
+from tlm_tracing._endpoints import _items, _usage
 from tlm_tracing._messages import Unscorable
 
 NAME = "responses"
@@ -107,14 +107,10 @@ def tools(request: Mapping[str, Any]) -> list[Any]:
 
 def attributes(answer: Mapping[str, Any]) -> dict[str, Any]:
     """By OpenTelemetry's GenAI conventions where they have a name, else OpenAI's."""
-    usage = answer.get("usage")
     incomplete = answer.get("incomplete_details")
     ended = incomplete.get("reason") if isinstance(incomplete, Mapping) else answer.get("status")
     return {
-        "mlflow.chat.tokenUsage": _usage(usage) if isinstance(usage, Mapping) else None,
-        "gen_ai.usage.reasoning.output_tokens": _detail(
-            usage, "output_tokens_details", "reasoning_tokens"
-        ),
+        **_usage.attributes(answer, "input", "output"),
         "gen_ai.response.finish_reasons": [ended] if is_whole(answer) else None,
         "openai.previous_response_id": answer.get("previous_response_id"),
     }
@@ -215,18 +211,3 @@ def _part(item: dict[str, Any], place: str, index: int) -> dict[str, Any]:
         parts.append({"type": "summary_text" if place == "summary" else "output_text"})
     part: dict[str, Any] = parts[index]
     return part
-
-
-def _usage(usage: Mapping[str, Any]) -> dict[str, int]:
-    counts = {
-        "input_tokens": usage.get("input_tokens"),
-        "output_tokens": usage.get("output_tokens"),
-        "total_tokens": usage.get("total_tokens"),
-        "cache_read_input_tokens": _detail(usage, "input_tokens_details", "cached_tokens"),
-    }
-    return {key: count for key, count in counts.items() if isinstance(count, int)}
-
-
-def _detail(usage: Any, group: str, name: str) -> Any:
-    details = usage.get(group) if isinstance(usage, Mapping) else None
-    return details.get(name) if isinstance(details, Mapping) else None
