@@ -1,6 +1,7 @@
 """Several choices are scored each; a structured answer in each of its fields, too."""
 
 import asyncio
+import copy
 import json
 
 import openai
@@ -148,6 +149,19 @@ def test_a_structured_answer_is_scored_as_text_and_by_field(hosted, trace, sandb
     assert text.path.endswith("/get_confidence_score")
     assert fields.json["response_format"] == FORMAT
     assert fields.json["log"] == ["per_field_score"]
+
+
+def test_a_schema_leaves_masked(hosted, sandbox):
+    described = copy.deepcopy(FORMAT)
+    for name, field in described["json_schema"]["schema"]["properties"].items():
+        field["description"] = f"The SECRET {name}."
+    tt.configure(mask_scorer=lambda text: text.replace("SECRET", "..."))
+    completion = ask(hosted, response_format=described)
+    assert tt.trust(completion).fields
+    assert all(b"SECRET" not in request.body for request in sandbox.requests("tlm"))
+    sent = next(one.json for one in sandbox.requests("tlm") if "response_format" in one.json)
+    properties = sent["response_format"]["json_schema"]["schema"]["properties"]
+    assert properties["name"] == {"title": "Name", "type": "string", "description": "The ... name."}
 
 
 def test_cleanlabs_own_helper_reads_the_fields(hosted):

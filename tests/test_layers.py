@@ -9,7 +9,7 @@ import tlm_tracing
 
 PACKAGE = Path(tlm_tracing.__file__).parent
 FLOORS = [
-    {"_data", "exceptions", "_live"},
+    {"_data", "exceptions", "_live", "_redacted"},
     {
         "_config",
         "_messages",
@@ -21,24 +21,26 @@ FLOORS = [
         "_scope",
         "_limits",
     }
-    | {"_patches", "_threads", "_visible", "report", "testing"},
+    | {"_patches", "_threads", "_visible", "_outbox", "_exporter", "_ready", "report", "testing"},
     {"_record", "_scoring", "scorers"},
-    {"_asking", "_returned", "_pipeline", "_propagation"},
+    {"_asking", "_cache", "_telemetry", "_returned", "_pipeline", "_propagation", "_ends"},
     {"_hook"},
-    {"_span", "openai", "_demo"},
+    {"_span", "openai", "_demo", "_doctor"},
     {"cli", "__init__"},
 ]
 STEPS = {"_record", "_scoring", "scorers"}
 ROOMS = {
-    "mlflow": {"_live", "_record", "_annotate", "_demo"},
-    "openai": {"_hook", "_streams", "_bodies", "_endpoints", "openai", "_demo"},
+    "mlflow": {"_live", "_exporter", "_ready", "_record", "_annotate", "_demo", "_doctor"},
+    "opentelemetry": {"_telemetry"},
+    "openai": {"_hook", "_streams", "_bodies", "_endpoints", "openai", "_demo", "_doctor"},
     "cleanlab_tlm": {"scorers"},
     "aiohttp": {"scorers", "testing"},
-    "rich": {"report", "_demo"},
+    "packaging": {"_doctor"},
+    "rich": {"report", "_demo", "_doctor"},
     "wrapt": {"_patches"},
     "pytest": {"testing"},
 }
-ENVIRONMENT_READERS = {"_config", "_demo", "testing"}
+ENVIRONMENT_READERS = {"_config", "_demo", "_doctor", "testing"}
 THREAD_STARTERS = {"_threads", "testing"}
 FILES = sorted(PACKAGE.rglob("*.py"))
 

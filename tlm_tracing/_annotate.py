@@ -11,7 +11,7 @@ from mlflow.entities import AssessmentSource, Feedback, TraceInfo
 from mlflow.exceptions import MlflowException
 from mlflow.tracing.client import TracingClient
 
-from tlm_tracing import _live
+from tlm_tracing import _exporter, _live
 from tlm_tracing._data import Trust
 
 SCORE_TAG = "trust_score"
@@ -21,7 +21,6 @@ ASSESSMENT = "trustworthiness"
 
 # MLflow cuts longer tag values silently, or refuses the trace, depending on the store.
 _TAG_LIMIT = 4096
-_FINALIZED = "mlflow.trace.infoFinalized"
 
 # One trace's tags sum up several calls: reading and writing them must not interleave.
 _stored_lock = threading.Lock()
@@ -73,8 +72,8 @@ def annotate_stored(trust: Trust, *, model: str | None, preset: str | None) -> b
     if trust.trace_id is None:
         return True
     client = TracingClient()
-    with _stored_lock:
-        info = _stored_info(client, trust.trace_id)
+    with _exporter.at_store(client), _stored_lock:
+        info = _exporter.stored(client, trust.trace_id)
         if info is None:
             return False
         if trust.score is not None:
@@ -177,21 +176,6 @@ def _assessment_id(trust: Trust, source: str) -> str:
 def _with(assessments: list[Any] | None, new: Feedback) -> list[Any]:
     others = [item for item in assessments or [] if item.assessment_id != new.assessment_id]
     return [*others, new]
-
-
-def _stored_info(client: TracingClient, trace_id: str) -> TraceInfo | None:
-    """The stored trace's info, once MLflow's own late write of it is over."""
-    try:
-        info = client.get_trace_info(trace_id)
-    except MlflowException as error:
-        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "NOT_FOUND"):
-            return None
-        raise
-    # Until then that write would overwrite newer values of the same tags. Stores that do not
-    # say so are recognised by the state, which a started trace gets with the same write.
-    if _FINALIZED in info.trace_metadata:
-        return (info.trace_metadata[_FINALIZED] == "true" and info) or None
-    return info if info.state.value != "IN_PROGRESS" else None
 
 
 def _store_assessment(client: TracingClient, info: TraceInfo, feedback: Feedback) -> None:

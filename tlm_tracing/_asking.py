@@ -4,22 +4,33 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import itertools
+import json
 import logging
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from tlm_tracing import _record, _scope, _scoring, scorers
+from tlm_tracing import _cache, _record, _scope, _scoring, scorers
 from tlm_tracing._config import Config, cleanlab_api_key, cleanlab_base_url
 from tlm_tracing._data import Exchange, Scorer
 from tlm_tracing._endpoints import Endpoint
 from tlm_tracing._messages import Unscorable, render
+from tlm_tracing._returned import plain
 from tlm_tracing._scoring import Verdict
 
 _logger = logging.getLogger("tlm_tracing")
+
+# What a JSON schema would be none without.
+_STRUCTURE = frozenset({"$ref", "format", "name", "required", "type"})
+
+_PASSING = frozenset(
+    {"id", "call_id", "created", "created_at", "completed_at", "system_fingerprint"}
+)
+_broken_rules: set[tuple[str, str]] = set()
 
 
 class Asked(NamedTuple):
@@ -65,8 +76,10 @@ def ask(
         raise Unscorable("sampled_out")
     if not isinstance(answer, Mapping):
         raise Unscorable("unsupported_content")
+    if not _wanted(config, request, completion):
+        raise Unscorable("sampled_out")
     asked, given = _as_chat(endpoint, request, answer)
-    wanted = endpoint.response_format(request)
+    schema = _masked_schema(config, endpoint.response_format(request))
 
     def exchange(choice: int) -> Exchange | Unscorable:
         try:
@@ -74,7 +87,7 @@ def ask(
         except Unscorable as nothing:
             return nothing
         one = _with_choice(completion, choice)
-        return Exchange(request, one, prompt, response, config.timeout, wanted)
+        return Exchange(request, one, prompt, response, config.timeout, schema)
 
     found = [exchange(choice) for choice in range(max(1, len(given.get("choices") or ())))]
     exchanges = [one for one in found if isinstance(one, Exchange)]
@@ -119,9 +132,10 @@ def _send(found: list[Exchange | Unscorable], config: Config) -> Future[Verdict]
 
     def conclude(_: Future[Verdict]) -> None:
         if next(left) == 0:
-            first = verdicts[0].result()
-            choices = tuple(verdict.result().trust for verdict in verdicts)
-            together.set_result(first._replace(trust=replace(first.trust, choices=choices)))
+            first, *others = (verdict.result() for verdict in verdicts)
+            trust = replace(first.trust, choices=tuple(one.trust for one in (first, *others)))
+            is_cached = first.is_cached and all(one.is_cached for one in others)
+            together.set_result(first._replace(trust=trust, is_cached=is_cached))
 
     for verdict in verdicts:
         verdict.add_done_callback(conclude)
@@ -129,9 +143,36 @@ def _send(found: list[Exchange | Unscorable], config: Config) -> Future[Verdict]
 
 
 def _submit(exchange: Exchange, config: Config) -> Future[Verdict]:
-    return _scoring.submit(
-        functools.partial(_scorer, config), functools.partial(_ask, exchange), config
-    )
+    def send() -> Future[Verdict]:
+        find = functools.partial(_scorer, config)
+        return _scoring.submit(find, functools.partial(_ask, exchange), config)
+
+    key = _key(exchange, config) if config.cache_size else None
+    return send() if key is None else _cache.find(key, config, send)
+
+
+def _key(exchange: Exchange, config: Config) -> Hashable | None:
+    """What a score is of, and whose; None if that cannot be told."""
+    seen = [exchange.prompt, exchange.response, exchange.response_format]
+    if not _reads_texts_only(config.scorer):
+        seen += [exchange.request, _lasting(plain(exchange.completion))]
+    try:
+        written = json.dumps(seen, sort_keys=True).encode()
+    except (TypeError, ValueError, RecursionError):
+        return None
+    return (*_named(config), hashlib.sha256(written).digest())
+
+
+def _reads_texts_only(scorer: Any) -> bool:
+    """Whether a score depends on nothing but the texts and the format, as it says itself."""
+    return isinstance(scorer, str) or getattr(scorer, "reads_texts_only", False) is True
+
+
+def _lasting(answer: Any) -> Any:
+    """An answer without what is another each time, though it says the same."""
+    if isinstance(answer, Mapping):
+        return {key: _lasting(item) for key, item in answer.items() if key not in _PASSING}
+    return [_lasting(item) for item in answer] if isinstance(answer, list) else answer
 
 
 async def _ask(exchange: Exchange, scorer: Scorer) -> Any:
@@ -141,7 +182,12 @@ async def _ask(exchange: Exchange, scorer: Scorer) -> Any:
 
 
 def _scorer(config: Config) -> Scorer:
-    return _resolved(_Spec(config.scorer), cleanlab_api_key(), cleanlab_base_url())
+    return _resolved(*_named(config))
+
+
+def _named(config: Config) -> tuple[_Spec, str | None, str]:
+    """Who the ``scorer`` setting means."""
+    return _Spec(config.scorer), cleanlab_api_key(), cleanlab_base_url()
 
 
 @functools.lru_cache(maxsize=64)
@@ -167,8 +213,46 @@ class _Spec:
 def _sampled(config: Config, request: Mapping[str, Any]) -> bool:
     rate = config.sample_rate
     if callable(rate):
-        rate = rate(request)
+        rate = _heeded("sample_rate", rate, _share, request)
     return rate >= 1.0 or random.random() < rate
+
+
+def _wanted(config: Config, request: Mapping[str, Any], completion: Any) -> bool:
+    rule = config.should_score
+    return rule is None or _heeded("should_score", rule, bool, request, completion) > 0.0
+
+
+def _heeded(
+    setting: str, rule: Callable[..., Any], read: Callable[[Any], float], *seen: Any
+) -> float:
+    """What a rule of the user's says; where it fails, the answer is scored."""
+    try:
+        with _scope.suppress():  # what it asks OpenAI itself would lead here again, without end
+            return read(rule(*seen))
+    except Exception as error:
+        _warn_of_rule(setting, rule, error)
+        return 1.0
+
+
+def _share(value: Any) -> float:
+    share = float(value)
+    if not 0.0 <= share <= 1.0:
+        raise ValueError(f"{value!r:.100} is no share in [0, 1]")
+    return share
+
+
+def _warn_of_rule(setting: str, rule: Callable[..., Any], error: Exception) -> None:
+    """Say it the first time only. By name: a rule may be made anew for each call."""
+    known = getattr(rule, "__qualname__", type(rule).__qualname__)
+    if (setting, known) not in _broken_rules:
+        _broken_rules.add((setting, known))
+        _logger.warning(
+            "%s=%s failed with %s: %s. Answers are scored where it fails.",
+            setting,
+            known,
+            type(error).__name__,
+            error,
+        )
 
 
 def _masked(config: Config, text: str) -> str:
@@ -179,6 +263,18 @@ def _masked(config: Config, text: str) -> str:
     except Exception:
         # What could not be masked must not leave.
         raise Unscorable("scorer_error") from None
+
+
+def _masked_schema(config: Config, value: Any, key: str = "") -> Any:
+    """A JSON schema with its descriptions, values and the like as they may leave."""
+    if config.mask_scorer is None:
+        return value
+    if isinstance(value, Mapping):
+        return {name: _masked_schema(config, item, name) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_masked_schema(config, item, key) for item in value]
+    is_content = isinstance(value, str) and key not in _STRUCTURE
+    return _masked(config, value) if is_content else value
 
 
 @functools.lru_cache(maxsize=1)

@@ -8,8 +8,10 @@ import weakref
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
+from openai import AsyncAPIResponse
 from openai._streaming import SSEDecoder
 
+from tlm_tracing import _patches
 from tlm_tracing._endpoints import Endpoint
 from tlm_tracing._watching import Heard, Listener, Watch
 
@@ -50,6 +52,57 @@ def hand_over(response: Any) -> Watch | None:
     return tap.watch
 
 
+def make_replaceable(raw: Any) -> None:
+    """Have parsing give what the answer is replaced by, if it is when the body has been read.
+
+    Args:
+        raw: A raw response whose body is not read yet and no stream; others are left alone.
+    """
+    tap: _Tap | None = getattr(getattr(raw, "http_response", None), "_tlm_tap", None)
+    if tap is not None and not tap.watch.heard.is_given:
+        _let_parse_give(raw, tap.watch.heard.replacement)
+
+
+def replaced(raw: Any, given: Any) -> Any:
+    """The same raw response, headers and all, but parsing it gives something else.
+
+    Args:
+        raw: One whose body has been read.
+        given: What it gives.
+    """
+    _let_parse_give(raw, [given])
+    return raw
+
+
+def _let_parse_give(raw: Any, replacement: list[Any]) -> None:
+    kind: Any = type(raw)
+    raw._tlm_replacement = replacement
+    raw.__class__ = _replaceable(kind)
+
+
+@functools.lru_cache(maxsize=32)
+def _replaceable(kind: Any) -> Any:
+    """The class of raw responses of a kind whose answer may be replaced."""
+
+    def parse(self: Any, *, to: Any = None) -> Any:
+        if not self._tlm_replacement:
+            self.read()
+        return self._tlm_replacement[0] if self._tlm_replacement else kind.parse(self, to=to)
+
+    async def aparse(self: Any, *, to: Any = None) -> Any:
+        if not self._tlm_replacement:
+            await self.read()
+        return self._tlm_replacement[0] if self._tlm_replacement else await kind.parse(self, to=to)
+
+    members = {
+        "__module__": kind.__module__,
+        "__qualname__": kind.__qualname__,
+        "__doc__": kind.__doc__,
+        "parse": _patches.like(kind.parse)(aparse if issubclass(kind, AsyncAPIResponse) else parse),
+    }
+    return type(kind.__name__, (kind,), members)
+
+
 class _HeardBody(Heard):
     """The same of a response's body, whose chunks are bytes as they came."""
 
@@ -60,6 +113,11 @@ class _HeardBody(Heard):
         self._kind = type(response)
         self._headers = response.headers
         self._is_events = is_event_stream(response)
+
+    @property
+    def is_given(self) -> bool:
+        """Of events, piece by piece; JSON is of use only when it is whole."""
+        return self._is_events
 
     def answer(self, endpoint: Endpoint) -> dict[str, Any] | None:
         """The answer so far: of events, what has come; of JSON, all or nothing."""

@@ -6,12 +6,17 @@ Nothing else in the package reads the environment.
 from __future__ import annotations
 
 import functools
+import inspect
+import math
 import os
+import re
 import threading
-from collections.abc import Callable, Mapping
+import urllib.parse
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, TypeAlias
 
+from tlm_tracing import _redacted
 from tlm_tracing._data import Scorer, Trust
 from tlm_tracing.exceptions import ConfigurationError
 
@@ -19,12 +24,23 @@ Mode: TypeAlias = Literal["inline", "background", "off"]
 OnLow: TypeAlias = Literal["flag", "raise"] | Callable[[Any, Trust], Any]
 OnError: TypeAlias = Literal["pass", "raise"]
 SampleRate: TypeAlias = float | Callable[[Mapping[str, Any]], float | bool]
+Rule: TypeAlias = Callable[[Mapping[str, Any], Any], Any]
+
+_SWITCHES = (
+    "hold_last_chunk",
+    "enabled",
+    "capture_content",
+    "stream_usage",
+    "evaluation_events",
+)
 
 SCORER_NAMES = ("hosted",)
 """The scorers that can be meant by name."""
 
 _PREFIX = "TLM_TRACING_"
+_QUOTES = frozenset("\"'`\u2018\u2019\u201c\u201d")
 _CLEANLAB_URL = "https://api.cleanlab.ai/api"
+_SECRET = re.compile("KEY|TOKEN|SECRET|PASSW|PASSPHRASE|CREDENTIAL|COOKIE|DSN", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -44,21 +60,36 @@ class Config:
         threshold: Scores below it are low; None sets no threshold.
         on_low: What happens to a low answer: ``"flag"`` marks it, ``"raise"`` raises
             :class:`~tlm_tracing.UntrustworthyResponseError`, a callable
-            ``(completion, trust) -> completion`` gives what the caller gets instead.
+            ``(completion, trust) -> completion`` gives what the caller gets instead. An answer
+            without a score is never low; in background mode a low one is only marked.
+        hold_last_chunk: Whether the end of a stream, from the chunk on that makes the answer
+            whole, is held back until the score is in, so that ``on_low`` can still act on it.
+            In inline mode only.
         on_error: A scorer's failure in inline mode: ``"pass"`` leaves the call unscored with a
             reason, ``"raise"`` raises :class:`~tlm_tracing.ScoringError`.
         sample_rate: Share of calls that are scored, or a callable on the request body that
             gives that share, or a bool.
-        max_scores_per_minute: Budget of scores in any 60 seconds; None sets no budget.
+        should_score: A callable ``(request, completion) -> bool`` that decides on each answer;
+            None scores them all. If a callable here or in ``sample_rate`` fails, that is logged
+            once and the answer is scored.
+        max_scores_per_minute: Budget of scores by one scorer in 60 seconds, 0.5 for one in two
+            minutes; None sets no budget.
+        cache_size: How many scores the process keeps, so that the same answer to the same
+            prompt is scored once; 0 keeps none. For scorers other than Cleanlab's, the whole
+            request and answer have to be the same.
         max_concurrency: Scores in flight at once.
         queue_size: Calls that may wait for a score; beyond it a call is unscored.
         enabled: False makes every way in a pass-through.
-        capture_content: Whether messages and answers are recorded on spans.
+        capture_content: Whether texts are recorded: messages, answers, explanations and what
+            errors say. If not, shape and numbers alone are.
         stream_usage: Whether streamed chat completions are asked for their token usage
             (``stream_options.include_usage``) if the caller did not; the extra chunk is kept
             from the caller. It changes the request, and not every server knows it.
-        mask: Applied to a copy of whatever is recorded as a span's inputs or outputs.
-        mask_scorer: Applied to each text that leaves for the scorer.
+        evaluation_events: Whether each settled call is told to the application's OpenTelemetry
+            logger provider as an event ``gen_ai.evaluation.result``.
+        mask: Applied to a copy of whatever is recorded: a span's inputs and outputs, an
+            explanation, what an error says. If it raises, none of that is recorded.
+        mask_scorer: Applied to each text that leaves for the scorer. If it raises, none leaves.
     """
 
     mode: Mode = "inline"
@@ -66,14 +97,18 @@ class Config:
     timeout: float = 30.0
     threshold: float | None = None
     on_low: OnLow = "flag"
+    hold_last_chunk: bool = False
     on_error: OnError = "pass"
     sample_rate: SampleRate = 1.0
+    should_score: Rule | None = None
     max_scores_per_minute: float | None = None
+    cache_size: int = 0
     max_concurrency: int = 32
     queue_size: int = 1000
     enabled: bool = True
     capture_content: bool = True
     stream_usage: bool = False
+    evaluation_events: bool = False
     mask: Callable[[Any], Any] | None = None
     mask_scorer: Callable[[str], str] | None = None
 
@@ -85,6 +120,7 @@ class Config:
         _number("timeout", self.timeout, above=0.0)
         _whole("max_concurrency", self.max_concurrency, least=1)
         _whole("queue_size", self.queue_size, least=0)
+        _whole("cache_size", self.cache_size, least=0)
         if self.threshold is not None:
             _number("threshold", self.threshold, least=0.0, most=1.0)
         if self.max_scores_per_minute is not None:
@@ -92,12 +128,15 @@ class Config:
         if not callable(self.sample_rate):
             _number("sample_rate", self.sample_rate, least=0.0, most=1.0)
         _a_scorer(self.scorer)
-        for name in ("enabled", "capture_content", "stream_usage"):
+        for name in _SWITCHES:
             if not isinstance(getattr(self, name), bool):
                 raise ConfigurationError(f"{name} must be True or False.")
-        for name in ("mask", "mask_scorer"):
+        for name in ("should_score", "mask", "mask_scorer"):
             if getattr(self, name) is not None and not callable(getattr(self, name)):
                 raise ConfigurationError(f"{name} must be a callable or None.")
+        for name in ("sample_rate", "should_score"):
+            if inspect.iscoroutinefunction(getattr(self, name)):
+                raise ConfigurationError(f"{name} must not be an async function.")
 
 
 _NAMES = tuple(field.name for field in fields(Config))
@@ -161,13 +200,61 @@ def resolve(*layers: Mapping[str, Any]) -> Config:
 
 
 def cleanlab_api_key() -> str | None:
-    """The key in ``CLEANLAB_TLM_API_KEY``; None if it is unset or empty."""
-    return os.environ.get("CLEANLAB_TLM_API_KEY") or None
+    """The key in ``CLEANLAB_TLM_API_KEY``; None if it is unset or blank."""
+    return os.environ.get("CLEANLAB_TLM_API_KEY", "").strip() or None
+
+
+def key_fault(key: str) -> str | None:
+    """What makes a text no API key, without telling any of it; None if nothing does."""
+    bare = key.strip()
+    if not bare:
+        return "is blank"
+    if set(bare) & _QUOTES:
+        return "has quotes in it"
+    if len(bare.splitlines()) > 1:
+        return "has a line break in it"
+    if not bare.isascii() or not bare.isprintable() or " " in bare:
+        return "contains blanks or characters that no key has"
+    if bare != key:
+        return "has blanks or a line break around it"
+    return None
 
 
 def cleanlab_base_url() -> str:
     """Where Cleanlab's API is, by ``CLEANLAB_API_BASE_URL``; without a trailing slash."""
     return (os.environ.get("CLEANLAB_API_BASE_URL") or _CLEANLAB_URL).rstrip("/")
+
+
+def environment_names() -> list[str]:
+    """The variables by which the environment gives settings."""
+    return [_PREFIX + name.upper() for name in _PARSERS]
+
+
+def environment_faults() -> dict[str, str]:
+    """What must be otherwise with those variables that have a value that cannot work."""
+    faults = {}
+    for name, parse in _PARSERS.items():
+        variable = _PREFIX + name.upper()
+        text = os.environ.get(variable, "").strip()
+        try:
+            if text:
+                Config(**{name: parse(text)})
+        except ValueError:  # ConfigurationError, too
+            faults[variable] = f"must be {_WANTED[name]}"
+    return faults
+
+
+def secrets() -> Iterator[str]:
+    """What the environment holds that must not be told: by its name, or a URL's password."""
+    for name, value in list(os.environ.items()):
+        if _SECRET.search(name):
+            yield value
+        if "@" in value and (found := re.match(r"[\w+.-]+://[^:/@]*:(.*)@", value)):
+            yield found[1]
+            yield urllib.parse.unquote(found[1])
+
+
+_redacted.learn_from(secrets)
 
 
 @functools.lru_cache(maxsize=32)
@@ -202,14 +289,39 @@ _PARSERS: Mapping[str, Callable[[str], Any]] = {
     "timeout": float,
     "threshold": float,
     "on_low": str.lower,
+    "hold_last_chunk": _boolean,
     "on_error": str.lower,
     "sample_rate": float,
     "max_scores_per_minute": float,
     "max_concurrency": int,
     "queue_size": int,
+    "cache_size": int,
     "enabled": _boolean,
     "capture_content": _boolean,
     "stream_usage": _boolean,
+    "evaluation_events": _boolean,
+}
+
+_SHARE = "a number from 0 to 1"
+_SWITCH = "true or false"
+# Without the value, unlike ConfigurationError: it may be a secret in the wrong place.
+_WANTED: Mapping[str, str] = {
+    "mode": "inline, background or off",
+    "scorer": f"{' or '.join(SCORER_NAMES)} or none",
+    "timeout": "a number above 0",
+    "threshold": _SHARE,
+    "on_low": "flag or raise",
+    "hold_last_chunk": _SWITCH,
+    "on_error": "pass or raise",
+    "sample_rate": _SHARE,
+    "max_scores_per_minute": "a number of at least 0",
+    "max_concurrency": "a whole number of at least 1",
+    "queue_size": "a whole number of at least 0",
+    "cache_size": "a whole number of at least 0",
+    "enabled": _SWITCH,
+    "capture_content": _SWITCH,
+    "stream_usage": _SWITCH,
+    "evaluation_events": _SWITCH,
 }
 
 
@@ -238,10 +350,11 @@ def _number(
     least: float | None = None,
     most: float | None = None,
 ) -> None:
-    ok = isinstance(value, (int, float)) and not isinstance(value, bool) and value == value
+    ok = isinstance(value, (int, float)) and not isinstance(value, bool)
     if ok and isinstance(value, (int, float)):
         ok = (
-            (above is None or value > above)
+            -math.inf < value < math.inf
+            and (above is None or value > above)
             and (least is None or value >= least)
             and (most is None or value <= most)
         )

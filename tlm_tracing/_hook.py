@@ -12,7 +12,7 @@ import contextlib
 import contextvars
 import functools
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
 import openai
@@ -25,6 +25,7 @@ from tlm_tracing import (
     _patches,
     _pipeline,
     _record,
+    _redacted,
     _scope,
     _streams,
 )
@@ -209,9 +210,9 @@ def _request(wrapped: Any, client: Any, args: Any, kwargs: Any) -> Any:
         _running.set(None)
     completion = heard.completion(result)
     if completion is None:
-        return result
+        return _replaceable(result, call)
     given = call.answered(completion)
-    return result if given is completion else given
+    return given if result is completion else _replaced(result, call, given)
 
 
 async def _arequest(wrapped: Any, client: Any, args: Any, kwargs: Any) -> Any:
@@ -228,9 +229,26 @@ async def _arequest(wrapped: Any, client: Any, args: Any, kwargs: Any) -> Any:
         _running.set(None)
     completion = heard.completion(result)
     if completion is None:
-        return result
+        return _replaceable(result, call)
     given = await call.aanswered(completion)
-    return result if given is completion else given
+    return given if result is completion else _replaced(result, call, given)
+
+
+def _replaceable(result: Any, call: _pipeline.Call) -> Any:
+    """A stream as it is; a raw response that may still be replaced when it is read."""
+    with _pipeline.guarded("preparing a raw response"):
+        if call.may_replace:
+            _bodies.make_replaceable(result)
+    return result
+
+
+def _replaced(raw: Any, call: _pipeline.Call, given: Any) -> Any:
+    """A raw response whose parsing gives what the threshold made of the answer."""
+    if not call.has_replaced:
+        return raw
+    with _pipeline.guarded("replacing a raw response"):
+        return _bodies.replaced(raw, given)
+    return given
 
 
 def _begin(client: Any, args: Any, kwargs: Any) -> _pipeline.Call | None:
@@ -251,8 +269,9 @@ def _begin(client: Any, args: Any, kwargs: Any) -> _pipeline.Call | None:
         )
         if config.enabled:
             _displace_autolog(options)
+            _redacted.learn(_secrets(client, options))
             call = _pipeline.Call(
-                {**options.json_data, **(options.extra_json or {})},
+                _endpoints.known(endpoint, options.json_data),
                 config,
                 endpoint=endpoint,
                 provider=_provider(client),
@@ -260,6 +279,15 @@ def _begin(client: Any, args: Any, kwargs: Any) -> _pipeline.Call | None:
             _running.set(call)
             return call
     return None
+
+
+def _secrets(client: Any, options: Any) -> Iterator[Any]:
+    """What this request may carry that no error is to be quoted with."""
+    own = [getattr(client, name, None) for name in ("_custom_headers", "_custom_query")]
+    yield client.api_key
+    for values in (*own, options.headers, options.params):
+        if isinstance(values, Mapping):
+            yield from values.values()
 
 
 def _options(args: Any, kwargs: Any) -> Any:

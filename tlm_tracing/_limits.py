@@ -6,7 +6,8 @@ Pure bookkeeping: no threads, no clocks of their own.
 from __future__ import annotations
 
 import asyncio
-from collections import deque
+import math
+from collections import OrderedDict, deque
 from typing import Literal, TypeAlias
 
 Admission: TypeAlias = Literal["yes", "no", "probe"]
@@ -14,6 +15,7 @@ Admission: TypeAlias = Literal["yes", "no", "probe"]
 _FIRST_COOLDOWN = 1.0
 _LONGEST_COOLDOWN = 60.0
 _BUDGET_WINDOW = 60.0
+_MOST_BUDGETS = 256
 
 
 class Gate:
@@ -95,16 +97,44 @@ class Breaker:
 
 
 class Budget:
-    """Counts scores in the last 60 seconds."""
+    """Counts the scores that each scorer, by its name, was asked for lately.
+
+    Only those that have a limit: where there is none, the bill is not to be capped, and must
+    not use up what others may spend.
+    """
 
     def __init__(self) -> None:
-        self._started: deque[float] = deque()
+        self._started: OrderedDict[str, deque[float]] = OrderedDict()
+        self._longest = 0
 
-    def take(self, limit: float | None, now: float) -> bool:
-        """Whether one more score is within the limit; if so it is counted."""
-        while self._started and self._started[0] <= now - _BUDGET_WINDOW:
-            self._started.popleft()
-        if limit is not None and len(self._started) >= limit:
+    def take(self, limit: float | None, now: float, scorer: str, *, is_probe: bool = False) -> bool:
+        """Whether one more score is within the limit; if so it is counted.
+
+        Args:
+            limit: Scores in 60 seconds; 0.5 is one in two minutes.
+            now: The time, by a steady clock, in seconds.
+            scorer: Whose budget.
+            is_probe: Whether it finds out if the scorer is back. Counted and never refused, or a
+                scorer would stay unavailable for as long as there is no budget left.
+        """
+        if limit is None:
+            return True
+        if limit == 0.0:
             return False
-        self._started.append(now)
+        most = math.ceil(limit)
+        started = self._of(scorer)
+        is_spent = len(started) >= most and now - started[-most] < _BUDGET_WINDOW * most / limit
+        if is_spent and not is_probe:
+            return False
+        started.append(now)
+        self._longest = max(self._longest, most)
+        while len(started) > self._longest:
+            started.popleft()
         return True
+
+    def _of(self, scorer: str) -> deque[float]:
+        started = self._started.setdefault(scorer, deque())
+        self._started.move_to_end(scorer)
+        if len(self._started) > _MOST_BUDGETS:
+            self._started.popitem(last=False)
+        return started

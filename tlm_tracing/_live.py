@@ -6,17 +6,12 @@ active in the very context, and no other.
 
 from __future__ import annotations
 
-import sys
 from contextlib import AbstractContextManager
 from typing import Any
 
 import mlflow
 from mlflow.entities import LiveSpan
-from mlflow.tracing.provider import _get_trace_exporter
 from mlflow.tracing.trace_manager import InMemoryTraceManager
-
-# Python 3.12 alone refuses to start a thread from when its main thread has ended.
-_NO_THREADS_AT_EXIT = sys.version_info[:2] == (3, 12)
 
 
 def held(trace_id: str) -> AbstractContextManager[Any]:
@@ -24,7 +19,7 @@ def held(trace_id: str) -> AbstractContextManager[Any]:
     return _manager().get_trace(trace_id)  # type: ignore[no-any-return]
 
 
-def root_has_ended(span: LiveSpan) -> bool:
+def root_has_ended(span: Any) -> bool:
     """Whether the root of a span's trace has ended, and MLflow may let go of the trace."""
     if span.parent_id is None:
         return False
@@ -60,17 +55,11 @@ def discard(otel_trace_id: int, span_id: str) -> bool:
     return True
 
 
-def wake_exporter() -> None:
-    """Have MLflow's exporter start its threads while threads can be started.
-
-    It does so with its first export, which a short script reaches no sooner than at its end:
-    its traces would be lost.
-    """
-    if not _NO_THREADS_AT_EXIT:
-        return
-    queue = getattr(_get_trace_exporter(), "_async_queue", None)  # type: ignore[no-untyped-call]
-    if queue is not None and not hasattr(queue, "_consumer_thread"):
-        queue.activate()
+def forget(span: LiveSpan) -> None:
+    """Have MLflow not wait for an open span any more, nor write it."""
+    with held(span.trace_id) as trace:
+        if trace is not None:
+            trace.span_dict.pop(span.span_id, None)
 
 
 def _manager() -> Any:

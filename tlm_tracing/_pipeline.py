@@ -19,7 +19,20 @@ from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any
 
-from tlm_tracing import _annotate, _asking, _record, _scope, _scoring, _threads, _watching
+from tlm_tracing import (
+    _annotate,
+    _asking,
+    _ends,
+    _outbox,
+    _propagation,
+    _ready,
+    _record,
+    _scope,
+    _scoring,
+    _telemetry,
+    _threads,
+    _watching,
+)
 from tlm_tracing._config import Config
 from tlm_tracing._data import Trust
 from tlm_tracing._endpoints import Endpoint
@@ -30,6 +43,9 @@ from tlm_tracing._watching import Heard
 from tlm_tracing.exceptions import UntrustworthyResponseError
 
 _logger = logging.getLogger("tlm_tracing")
+
+# Well below the 1,000 traces that MLflow has room for: beyond that it loses the oldest.
+_MOST_HELD = 500
 
 
 class guarded:  # noqa: N801 - used like a function
@@ -84,6 +100,7 @@ class Call:
         provider: str = "openai",
     ) -> None:
         """Open the call's spans. Args as in :class:`~tlm_tracing._record.CallRecord`."""
+        _ends.prepare()
         self.trust: Trust | None = None
         self.request = request
         self.endpoint = endpoint
@@ -94,7 +111,9 @@ class Call:
             request, endpoint=endpoint, provider=provider, config=config
         )
         self.answer: Any = None
-        self._flag_only = False
+        # In background mode a score may be in at once, or not: the caller gets the same.
+        self._flag_only = config.mode != "inline"
+        self._action: str | None = None
         for scope in self._scopes:
             scope.calls.append(self)
 
@@ -102,6 +121,22 @@ class Call:
     def wants_usage(self) -> bool:
         """Whether streams are to tell their usage, asked for or not."""
         return self._config.stream_usage
+
+    @property
+    def holds_last_chunk(self) -> bool:
+        """Whether the end of a stream is held back until the score is in."""
+        return self._config.hold_last_chunk and self._config.mode == "inline"
+
+    @property
+    def may_replace(self) -> bool:
+        """Whether an answer that its caller reads later may be replaced then."""
+        is_set = self._config.threshold is not None and callable(self._config.on_low)
+        return is_set and self._config.mode == "inline" and not self.request.get("stream")
+
+    @property
+    def has_replaced(self) -> bool:
+        """Whether the caller gets something else than the answer."""
+        return self._action == "replaced"
 
     # How a call goes on. Each is called once, by the hook or by a stream that ends.
 
@@ -156,7 +191,7 @@ class Call:
 
     def stream_opened(self, stream: Any) -> None:
         """The caller holds a stream, or a raw response, and may ask for the trust in it."""
-        _scoring.start(_watching.drop_all)
+        _ends.prepare(_watching.drop_all)
         remember(stream, self)
         remember(http_response(stream), self)
 
@@ -166,7 +201,8 @@ class Call:
         if self._must_wait(None, asked):
             with self._leaving_early(None, asked):
                 verdict = asked.result()
-            self._stream_concluded(verdict)
+            with self._stream_concluded(heard, how) as decision:
+                decision.given = self._handed_over(decision.given, verdict)
 
     async def astream_ended(
         self, heard: Heard, how: str, error: BaseException | None = None
@@ -176,7 +212,8 @@ class Call:
         if self._must_wait(None, asked):
             with self._leaving_early(None, asked):
                 verdict = await asyncio.shield(asyncio.wrap_future(asked))
-            self._stream_concluded(verdict)
+            with self._stream_concluded(heard, how) as decision:
+                decision.given = await self._ahanded_over(decision.given, verdict)
 
     def stream_dropped(self, heard: Heard) -> None:
         """A stream is garbage, with or without the whole answer; nobody waits for its score."""
@@ -248,6 +285,8 @@ class Call:
         except Unscorable as nothing:
             return _scoring.unscored(nothing.reason)
         self._record.scoring_started(asked.prompt, asked.responses, is_partial=asked.is_partial)
+        if _scoring.pending() >= _MOST_HELD:
+            self._record.let_go(self.answer)
         return asked.send()
 
     def _must_wait(self, completion: Any, asked: Future[Verdict]) -> bool:
@@ -292,21 +331,21 @@ class Call:
     def _note(self, completion: Any, verdict: Verdict) -> None:
         """Write the verdict on the scoring span, the trace and the returned object."""
         trust = _placed(verdict.trust, self._record)
-        self._record.scored(trust, None if verdict.error is None else str(verdict.error))
+        detail = None if verdict.error is None else str(verdict.error)
+        self._record.scored(trust, detail, is_cached=verdict.is_cached)
         self.trust = trust
         _scoring.count(trust)
+        _telemetry.settled(trust, self._config, self.answer)
         remember(completion, self)
         notes = {
             "model": getattr(verdict.scorer, "model", None),
             "preset": getattr(verdict.scorer, "preset", None),
         }
-        if not _annotate.annotate_live(trust, **notes):
-            _scoring.later(functools.partial(_annotate.annotate_stored, trust, **notes))
+        self._record.when_placed(functools.partial(_annotated, self._record.shown(trust), notes))
 
     def _close(self, answer: Any, action: str | None = None) -> None:
-        rest = None if self.trust is None else self._record.close(answer, self.trust, action)
-        if rest is not None:
-            _scoring.later(rest)
+        if self.trust is not None:
+            self._record.close(answer, self.trust, action)
 
     def _noted(self, completion: Any, verdict: Verdict) -> str | None:
         """Note the verdict; gives what the threshold asks for."""
@@ -344,28 +383,68 @@ class Call:
                 decision.given = await given if inspect.isawaitable(given) else given
         return self._given(decision.given, action, verdict)
 
-    def _stream_concluded(self, verdict: Verdict) -> None:
-        action = self._noted(None, verdict)
-        with guarded("closing a call", self._record.abandon):
-            self._close(self.answer, action)
-        self._given(None, action, verdict)
+    @contextlib.contextmanager
+    def _stream_concluded(self, heard: Heard, how: str) -> Iterator[_Decision]:
+        """What is held back of a stream goes to its caller with the score, or not at all."""
+        completion = None
+        if how == "exhausted" and self.answer is not None and not heard.is_given:
+            with guarded("reading a streamed answer"):
+                completion = self.endpoint.construct(self.answer)
+        self._flag_only = completion is None or self._config.mode != "inline"
+        decision = _Decision(completion)
+        try:
+            yield decision
+        except BaseException:
+            if self._is_low():
+                heard.held.clear()
+            raise
+        with guarded("handing over what was held back"):
+            if self.has_replaced:
+                heard.replacement.append(decision.given)
+            if heard.held and completion is not None:
+                self._sign(heard.held[-1], completion, heard.replacement)
+
+    def _sign(self, chunk: Any, completion: Any, replacement: list[Any]) -> None:
+        """Have a stream's last chunk tell of the trust as a completion does."""
+        metadata = getattr(completion, "tlm_metadata", None)
+        for signed in (chunk, getattr(chunk, "response", None)):
+            remember(signed, self)
+            if signed is not None and metadata is not None:
+                signed.tlm_metadata = dict(metadata)
+                if replacement:
+                    signed.tlm_metadata["replacement"] = replacement[0]
 
     @contextlib.contextmanager
     def _deciding(self, completion: Any, action: str | None) -> Iterator[_Decision]:
-        """The call's span stays open and active, so that a retry is traced inside it."""
         decision = _Decision(completion)
-        retry = _scope.Scope({"threshold": None})
-        before = retry.enter() if action == "replaced" else None
-        token = self._record.activate() if action == "replaced" else None
+        output = self.answer
+        self._action = action
         try:
-            yield decision
+            if action == "replaced":
+                with self._retrying():
+                    yield decision
+                output = _shown(decision.given)
+            else:
+                yield decision
         finally:
-            retry.open = False
-            retry.leave(before)
-            self._record.deactivate(token)
             with guarded("closing a call", self._record.abandon):
-                given = plain(decision.given) if action == "replaced" else self.answer
-                self._close(given, action)
+                self._close(output, action)
+
+    @contextlib.contextmanager
+    def _retrying(self) -> Iterator[None]:
+        """The call's span stays open and active, so that a retry is traced inside it."""
+        # Never closed: what a fallback leaves running must not be judged either, or it would
+        # come back here for ever.
+        retry = _scope.Scope({"threshold": None})
+        before = retry.enter()
+        token = self._record.activate()
+        _propagation.pools.install()
+        try:
+            yield
+        finally:
+            _propagation.pools.uninstall()
+            self._record.deactivate(token)
+            retry.leave(before)
 
     def _given(self, given: Any, action: str | None, verdict: Verdict) -> Any:
         if action == "raised" and self.trust is not None:
@@ -375,10 +454,25 @@ class Call:
         return given
 
 
+def _shown(given: Any) -> Any:
+    """What a fallback gave as it is recorded: plain data, if it is an answer."""
+    with guarded("reading a fallback"):
+        answer = plain(given)
+        return given if answer is None else answer
+    return None
+
+
 def _placed(trust: Trust, record: _record.CallRecord) -> Trust:
     """A trust, and where its proof is."""
     choices = tuple(_placed(choice, record) for choice in trust.choices)
     return replace(trust, trace_id=record.trace_id, span_id=record.span_id, choices=choices)
+
+
+def _annotated(trust: Trust, notes: Mapping[str, Any], trace_id: str, span_id: str) -> None:
+    """Write a trust on its trace: at once in memory, else in the store as soon as it has it."""
+    placed = replace(trust, trace_id=trace_id, span_id=span_id)
+    if not _annotate.annotate_live(placed, **notes):
+        _outbox.post(functools.partial(_annotate.annotate_stored, placed, **notes))
 
 
 @dataclass
@@ -389,7 +483,7 @@ class _Decision:
 
 
 def flush(timeout: float | None = None) -> bool:
-    """Wait for pending scores, then for MLflow's export.
+    """Wait for pending scores, then for their traces to be written to MLflow's store.
 
     Args:
         timeout: Seconds to wait at most; None waits for as long as it takes.
@@ -398,7 +492,11 @@ def flush(timeout: float | None = None) -> bool:
         True if nothing is left to be written.
     """
     until = None if timeout is None else time.monotonic() + timeout
-    if not _scoring.drain(timeout):
+
+    def left() -> float | None:
+        return None if until is None else max(0.0, until - time.monotonic())
+
+    if not _scoring.drain(timeout) or not _ready.flush(left()):
         return False
     # MLflow's flush knows no timeout of its own.
     exported = threading.Event()
@@ -409,4 +507,4 @@ def flush(timeout: float | None = None) -> bool:
         exported.set()
 
     _threads.run_beside("flush", export)
-    return exported.wait(None if until is None else max(0.0, until - time.monotonic()))
+    return exported.wait(left()) and _outbox.flush(left())

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
+import json
 import re
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from dataclasses import replace
+from typing import Any, TypeAlias
 
 import mlflow
 from mlflow.entities import LiveSpan, Span, SpanEvent, SpanStatus, SpanStatusCode
@@ -18,7 +20,7 @@ from mlflow.tracing.provider import (
     set_span_in_context,
 )
 
-from tlm_tracing import _live
+from tlm_tracing import _exporter, _live, _outbox, _ready, _redacted
 from tlm_tracing._config import Config
 from tlm_tracing._data import Trust
 from tlm_tracing._endpoints import Endpoint
@@ -28,11 +30,14 @@ _NO_OP_TRACE_ID = "MLFLOW_NO_OP_SPAN_TRACE_ID"
 # As MLflow stores and shows them.
 _MESSAGE_FORMAT = "mlflow.message.format"
 _TOOLS = "mlflow.chat.tools"
+_OUTPUTS = "mlflow.spanOutputs"
+_USAGE = "mlflow.chat.tokenUsage"
+_NO_TOKENS = ("input_tokens", "output_tokens", "total_tokens")
 _PREVIEW = 1000
+_WORD = re.compile(r"[\w.\[\]-]{1,100}")
 _TRACEPARENT = re.compile("[0-9a-f]{2}-([0-9a-f]{32})-([0-9a-f]{16})-[0-9a-f]{2}")
 
-Rest = Callable[[], bool]
-"""Something left to do, elsewhere and again and again until it gives True."""
+AnySpan: TypeAlias = LiveSpan | _ready.LaterSpan
 
 
 class _Record:
@@ -45,6 +50,7 @@ class _Record:
 
     def __init__(self, name: str, config: Config) -> None:
         self._visible = visible(config)
+        self._captures = config.capture_content
         self._span = _start(name, "CHAIN", None)
         live = self._span.trace_id != _NO_OP_TRACE_ID
         self.trace_id: str | None = self._span.trace_id if live else None
@@ -78,25 +84,36 @@ class _Record:
                     trace.info.request_preview = text[:_PREVIEW]
 
     def activate(self) -> Any:
-        """Make this MLflow's active span in the current context; gives the way back."""
+        """Make this the active span in the current context; gives the way back."""
+        if isinstance(self._span, _ready.LaterSpan):
+            return (_ready.activate(self._span),)
         return None if self.trace_id is None else set_span_in_context(self._span)
 
     def deactivate(self, token: Any) -> None:
         """Undo :meth:`activate`."""
-        if token is not None:
+        if isinstance(self._span, _ready.LaterSpan):
+            if token is not None and _ready.current() is self._span:
+                _ready.activate(*token)
+        elif token is not None:
             _detach(token)
 
-    def _end(self, *inner: LiveSpan | None) -> Rest | None:
-        """End the span; gives what remains to be done when its trace ended before it."""
-        for span in (*inner, self._span):
-            if span is not None and span.end_time_ns is None:
+    def when_placed(self, place: _ready.Place) -> None:
+        """Have something done that needs the ids of trace and span, which are known by then."""
+        if isinstance(self._span, _ready.LaterSpan):
+            self._span.when_placed(place)
+        elif self.trace_id is not None and self.span_id is not None:
+            place(self.trace_id, self.span_id)
+
+    def _end(self, *inner: AnySpan | None) -> None:
+        spans = [span for span in (*inner, self._span) if span is not None]
+        for span in spans:
+            if span.end_time_ns is None:
                 span.end()
         # MLflow holds such a trace while a span is open, but lets go of it with the first batch
         # that it exports then, and loses the spans that have ended and are not in a batch yet.
-        if self._experiment_id is None or not _live.root_has_ended(self._span):
-            return None
-        spans = [span.to_immutable_span() for span in (self._span, *inner) if span is not None]
-        return functools.partial(_store, self._experiment_id, spans)
+        if self._experiment_id is not None and _live.root_has_ended(self._span):
+            whole = [span.to_immutable_span() for span in spans]
+            _outbox.post(functools.partial(_store, self._experiment_id, whole))
 
 
 class CallRecord(_Record):
@@ -122,13 +139,16 @@ class CallRecord(_Record):
         super().__init__(f"{endpoint.VERB} {model}".strip(), config)
         self._endpoint = endpoint
         self._llm = _start(f"openai.{endpoint.NAME}", "CHAT_MODEL", self._span)
-        self._scoring: LiveSpan | None = None
+        self._scoring: AnySpan | None = None
+        self._is_let_go = False
         try:
             recorded = self._visible(request)
             for span in (self._span, self._llm):
                 span.set_inputs(recorded)
                 span.set_attribute(_MESSAGE_FORMAT, "openai")
             self._preview(recorded)
+            if config.threshold is not None:
+                self._span.set_attribute("tlm.threshold", config.threshold)
             # Tools from the request as it may be seen: their descriptions are content, too.
             tools = endpoint.tools(recorded) if isinstance(recorded, Mapping) else None
             self._note({"mlflow.llm.provider": provider, "mlflow.llm.model": model, _TOOLS: tools})
@@ -160,7 +180,7 @@ class CallRecord(_Record):
         self._note_answer(answer, first_token, outcome)
         if isinstance(answer, Mapping) and (failure := self._endpoint.failure(answer)) is not None:
             for span in (self._llm, self._span):
-                _set_error(span, failure)
+                _set_error(span, self._shown(failure))
         self._llm.end()
 
     def failed(
@@ -173,9 +193,9 @@ class CallRecord(_Record):
     ) -> None:
         """Close the LLM span as failed, with as much of the answer as had come."""
         self._note_answer(answer, first_token, outcome)
-        _mark_failed(self._llm, error)
+        _mark_failed(self._llm, error, self._visible)
         self._llm.end()
-        _set_error(self._span, _named(error))
+        _set_error(self._span, _named(error, self._visible))
 
     def scoring_started(self, prompt: str, responses: list[str], *, is_partial: bool) -> None:
         """Open the scoring span with the texts as they are scored.
@@ -193,12 +213,13 @@ class CallRecord(_Record):
         if is_partial:
             self._scoring.set_attribute("tlm.prompt_is_partial", True)
 
-    def scored(self, trust: Trust, detail: str | None = None) -> None:
+    def scored(self, trust: Trust, detail: str | None = None, *, is_cached: bool = False) -> None:
         """Close the scoring span.
 
         Args:
             trust: The settled trust.
             detail: What went wrong, when it is unscored.
+            is_cached: Whether nobody was asked, as the score was known.
         """
         span = self._scoring
         if span is None:
@@ -210,27 +231,65 @@ class CallRecord(_Record):
             outputs["fields"] = {name: _told(field) for name, field in trust.fields.items()}
         span.set_outputs(self._visible(outputs))
         span.set_attributes(_trust_attributes(trust))
+        if is_cached:
+            span.set_attribute("tlm.cached", True)
         if trust.status == "unscored":
-            _set_error(span, detail or str(trust.reason))
+            _set_error(span, self._shown(detail) if detail else str(trust.reason))
         span.end()
 
-    def close(self, answer: Any, trust: Trust, action: str | None) -> Rest | None:
+    def let_go(self, answer: Any) -> None:
+        """Close the call before its score is known: enough traces are held for theirs.
+
+        The score follows in the store.
+        """
+        if isinstance(self._scoring, LiveSpan):
+            self._is_let_go = True
+            _live.forget(self._scoring)
+            # Of no tokens, or the store would take the scoring's time for the trace's.
+            self._scoring.set_attribute(_USAGE, dict.fromkeys(_NO_TOKENS, 0))
+            self.outputs(answer)
+            self._end(self._llm)
+
+    def close(self, answer: Any, trust: Trust, action: str | None) -> None:
         """Close the call's parent span.
 
         Args:
             answer: What the caller got, as plain data.
             trust: The settled trust.
             action: What the threshold did.
-
-        Returns:
-            What remains to be done on another thread, if anything.
         """
+        attributes = _trust_attributes(trust)
+        if action is not None:
+            attributes["tlm.action"] = action
+        if self._is_let_go:
+            self._close_late(answer, attributes)
+            return
         if answer is not None:
             self.outputs(answer)
-        self._span.set_attributes(_trust_attributes(trust))
-        if action is not None:
-            self._span.set_attribute("tlm.action", action)
-        return self._end(self._llm, self._scoring)
+        self._span.set_attributes(attributes)
+        self._end(self._llm, self._scoring)
+
+    def _close_late(self, answer: Any, attributes: dict[str, Any]) -> None:
+        if self._experiment_id is None or self._scoring is None:
+            return
+        shown = {} if answer is None else {_OUTPUTS: self._visible(answer)}
+        told = self._span.to_immutable_span().to_dict()
+        told["attributes"] |= {
+            key: json.dumps(value, default=str) for key, value in {**attributes, **shown}.items()
+        }
+        late = [Span.from_dict(told), self._scoring.to_immutable_span()]
+        _outbox.post(functools.partial(_store_late, self._experiment_id, late))
+
+    def shown(self, trust: Trust) -> Trust:
+        """A trust as it may be seen on its trace."""
+        if trust.explanation is None:
+            return trust
+        # Of a text whose words are not recorded, nothing is left to tell.
+        explanation = str(self._visible(trust.explanation)) if self._captures else None
+        return replace(trust, explanation=explanation)
+
+    def _shown(self, message: str) -> str:
+        return str(self._visible(_redacted.redact(message)))
 
     def abandon(self) -> None:
         """End whatever is still open, so that no trace is held back for ever."""
@@ -268,15 +327,11 @@ class BlockRecord(_Record):
         if inputs is not None:
             self.inputs(inputs)
 
-    def close(self, error: BaseException | None) -> Rest | None:
-        """End the span, as failed if there is an error.
-
-        Returns:
-            What remains to be done on another thread, if anything.
-        """
+    def close(self, error: BaseException | None) -> None:
+        """End the span, as failed if there is an error."""
         if error is not None:
-            _mark_failed(self._span, error)
-        return self._end()
+            _mark_failed(self._span, error, self._visible)
+        self._end()
 
 
 def displace(traceparent: str) -> bool:
@@ -295,13 +350,20 @@ def displace(traceparent: str) -> bool:
 
 
 def active() -> Any:
-    """MLflow's active span in this context; None if there is none."""
-    return mlflow.get_current_active_span()
+    """The active span in this context; None if there is none."""
+    return _ready.current() or mlflow.get_current_active_span()
 
 
 @contextlib.contextmanager
 def activated(span: Any) -> Iterator[None]:
-    """A span that was active elsewhere is MLflow's active one inside."""
+    """A span that was active elsewhere is the active one inside."""
+    if isinstance(span, _ready.LaterSpan):
+        before = _ready.activate(span)
+        try:
+            yield
+        finally:
+            _ready.activate(before)
+        return
     token = None if span is None else set_span_in_context(span)
     try:
         yield
@@ -328,22 +390,35 @@ def _detach(token: Any) -> None:
         detach_span_from_context(token)
 
 
-def _start(name: str, kind: str, parent: LiveSpan | None) -> LiveSpan:
+def _start(name: str, kind: str, parent: AnySpan | None) -> AnySpan:
+    if parent is None and (parent := _ready.current()) is None and not _ready.wait():
+        return _ready.LaterSpan(name, kind, None)
+    if isinstance(parent, _ready.LaterSpan):
+        return _ready.LaterSpan(name, kind, parent)
     if parent is not None or not _active_span_has_ended():
-        span = mlflow.start_span_no_context(name, span_type=kind, parent_span=parent)
-        _live.wake_exporter()
-        return span
+        return _ready.start(name, kind, parent)
     # The active span belongs to a block that is over, such as a task that outlived it:
     # a child of it would be lost with the trace that MLflow has already let go.
     context = contextvars.copy_context()
     context.run(set_span_in_context, mlflow.entities.NoOpSpan())  # type: ignore[no-untyped-call]
-    return context.run(mlflow.start_span_no_context, name, span_type=kind)
+    return context.run(_ready.start, name, kind, None)
 
 
 def _store(experiment_id: str, spans: list[Span]) -> bool:
     """Write spans straight to the store; it does no harm if they are there already."""
-    with contextlib.suppress(NotImplementedError):  # a store that takes whole traces only
-        TracingClient().log_spans(experiment_id, spans)
+    client = TracingClient()
+    with _exporter.at_store(client):
+        _exporter.log_spans(client, experiment_id, spans)
+    return True
+
+
+def _store_late(experiment_id: str, spans: list[Span]) -> bool:
+    """The same for a trace that MLflow writes by itself, but after it has."""
+    client = TracingClient()
+    with _exporter.at_store(client):
+        if _exporter.stored(client, spans[0].trace_id) is None:
+            return False
+        _exporter.log_spans(client, experiment_id, spans)
     return True
 
 
@@ -374,16 +449,37 @@ def _trust_attributes(trust: Trust) -> dict[str, Any]:
     return {key: value for key, value in attributes.items() if value is not None}
 
 
-def _mark_failed(span: LiveSpan, error: BaseException) -> None:
+def _mark_failed(span: AnySpan, error: BaseException, see: Callable[[Any], Any]) -> None:
+    """Tell of an exception; MLflow's own way would store source lines, and what they quote."""
     if isinstance(error, Exception):
-        span.record_exception(error)
-    _set_error(span, _named(error))
+        told = {
+            "exception.type": type(error).__name__,
+            "exception.message": str(see(_redacted.said(error))),
+            "exception.stacktrace": _redacted.stack(error),
+        }
+        event: Any = SpanEvent
+        span.add_event(event("exception", attributes=told))
+        span.set_attributes(_told_by_openai(error))
+    _set_error(span, _named(error, see))
 
 
-def _named(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"
+def _told_by_openai(error: Exception) -> dict[str, Any]:
+    """What an error of openai's says beside its message."""
+    if type(error).__module__.partition(".")[0] != "openai":
+        return {}
+    words = {
+        f"openai.error.{name}": _redacted.redact(word)
+        for name in ("code", "type", "param")
+        if isinstance(word := getattr(error, name, None), str) and _WORD.fullmatch(word)
+    }
+    status = getattr(error, "status_code", None)
+    return {**words, **({"http.response.status_code": status} if status else {})}
 
 
-def _set_error(span: LiveSpan, message: str) -> None:
+def _named(error: BaseException, see: Callable[[Any], Any]) -> str:
+    return f"{type(error).__name__}: {see(_redacted.said(error))}"
+
+
+def _set_error(span: AnySpan, message: str) -> None:
     # MLflow documents that it takes a SpanStatus; its annotation says otherwise.
     span.set_status(SpanStatus(SpanStatusCode.ERROR, message))  # type: ignore[arg-type]

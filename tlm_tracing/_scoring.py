@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
-import functools
 import logging
 import math
 import os
@@ -22,19 +21,17 @@ from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from tlm_tracing import _scope, _threads
+from tlm_tracing import _outbox, _scope, _threads
 from tlm_tracing._config import Config
 from tlm_tracing._data import REASONS, Scorer, Trust
 from tlm_tracing._limits import Breaker, Budget, Gate
+from tlm_tracing._visible import visible
 from tlm_tracing.exceptions import ScoringError
 
 _logger = logging.getLogger("tlm_tracing")
 
-_EXIT_GRACE = 5.0
-_LAST_WORDS = 2.0
+_CLOSING = 5.0
 _MOST_SCORERS = 256
-
-_last_chores: set[Callable[[], None]] = set()
 
 Find = Callable[[], Scorer]
 Ask = Callable[[Scorer], Awaitable[Any]]
@@ -46,6 +43,7 @@ class Verdict(NamedTuple):
     trust: Trust
     error: ScoringError | None = None
     scorer: Scorer | None = None
+    is_cached: bool = False
 
 
 @dataclass(frozen=True)
@@ -79,6 +77,7 @@ class _Runtime:
         self.warned: set[str] = set()
         self.asked = 0
         self.pending = 0
+        self.following: set[Future[Verdict]] = set()
         self.scored = 0
         self.dropped = 0
         self.seconds = 0.0
@@ -93,9 +92,6 @@ class _Runtime:
                 self._loop = _threads.start_loop()
                 self.ending = self._loop.create_future()
                 self.chores.start()
-                # Not atexit: MLflow's own flush at exit must come after the last score, and
-                # threads that are no daemons are waited for before that.
-                _threads.start("exit", functools.partial(_see_out, self), daemon=False)
             return self._loop
 
     def breaker(self, scorer: Scorer) -> Breaker:
@@ -121,17 +117,6 @@ class _Runtime:
             self.dropped += 1
         why = "the store has no such trace" if error is None else str(error)
         self.warn_once("dropped", f"A score or span could not be written: {why}.")
-
-    def give_up(self) -> None:
-        """Wait for no score any more: what is pending is unscored."""
-        self.start().call_soon_threadsafe(self.ending.set_result, None)
-
-    def close_scorers(self) -> None:
-        """Close what scorers hold open. The loop itself ends with the process."""
-        scorers = [scorer for scorer, _ in self.breakers.values()]
-        closing = asyncio.run_coroutine_threadsafe(_close(scorers), self.start())
-        with contextlib.suppress(Exception):
-            closing.result(_EXIT_GRACE)
 
 
 def submit(find: Find, ask: Ask, config: Config) -> Future[Verdict]:
@@ -159,14 +144,12 @@ def submit(find: Find, ask: Ask, config: Config) -> Future[Verdict]:
     return verdict
 
 
-def start(last_chore: Callable[[], None]) -> None:
-    """Be ready for what is left to do at the end of the process.
-
-    Args:
-        last_chore: Done then, before the last scores are waited for; given again, done once.
-    """
-    _last_chores.add(last_chore)
-    _runtime.start()
+def follow(verdict: Future[Verdict]) -> None:
+    """Count a call that waits, too, though another has asked for its score."""
+    # Without the lock: the other's verdict is handed over inside of it.
+    following = _runtime.following
+    following.add(verdict)
+    verdict.add_done_callback(following.discard)
 
 
 def unscored(reason: str) -> Future[Verdict]:
@@ -186,14 +169,19 @@ def count(trust: Trust) -> None:
             _runtime.unscored[str(trust.reason)] += 1
 
 
+def pending() -> int:
+    """How many scores are waited for."""
+    return _runtime.pending + len(_runtime.following)
+
+
 def stats() -> Stats:
     """What this process has done so far."""
     with _runtime.lock:
         return Stats(
             scored=_runtime.scored,
-            pending=_runtime.pending,
+            pending=_runtime.pending + len(_runtime.following),
             unscored=dict(_runtime.unscored),
-            dropped=_runtime.dropped,
+            dropped=_runtime.dropped + _outbox.dropped(),
             seconds=_runtime.seconds,
         )
 
@@ -230,6 +218,25 @@ def drain(timeout: float | None) -> bool:
             return False
         if _runtime.asked == asked:  # no chore has asked for another score meanwhile
             return True
+
+
+def give_up() -> None:
+    """Wait for no score any more: what is pending is unscored."""
+    _runtime.start().call_soon_threadsafe(_end)
+
+
+def _end() -> None:
+    if not _runtime.ending.done():
+        _runtime.ending.set_result(None)
+
+
+def close_scorers() -> None:
+    """Close what scorers hold open. The loop itself ends with the process."""
+    scorers = [scorer for scorer, _ in _runtime.breakers.values()]
+    if scorers:
+        closing = asyncio.run_coroutine_threadsafe(_close(scorers), _runtime.start())
+        with contextlib.suppress(Exception):
+            closing.result(_CLOSING)
 
 
 async def _settle(find: Find, ask: Ask, config: Config, verdict: Future[Verdict]) -> None:
@@ -271,7 +278,8 @@ async def _ask_within_bounds(
     admission = breaker.admit(started)
     if admission == "no":
         return _unavailable(scorer)
-    if not _runtime.budget.take(config.max_scores_per_minute, started):
+    limit = config.max_scores_per_minute
+    if not _runtime.budget.take(limit, started, scorer.name, is_probe=admission == "probe"):
         breaker.inconclusive()
         return Verdict(replace(Trust.unscored("budget"), scorer=scorer.name))
     if admission == "probe" and config.mode == "inline":
@@ -280,20 +288,28 @@ async def _ask_within_bounds(
     try:
         result = as_trust(await _with_deadline(ask(scorer), config.timeout))
     except Exception as error:
-        return _note_failure(_failure(error, scorer), breaker, scorer, started)
+        failure = _failure(error, scorer)
+        return _note_failure(failure, breaker, scorer, started, visible(config))
     now = time.monotonic()
     breaker.succeeded(now)
     return Verdict(replace(result, scorer=scorer.name, seconds=now - started), None, scorer)
 
 
-def _note_failure(failure: Verdict, breaker: Breaker, scorer: Scorer, started: float) -> Verdict:
+def _note_failure(
+    failure: Verdict,
+    breaker: Breaker,
+    scorer: Scorer,
+    started: float,
+    see: Callable[[Any], Any],
+) -> Verdict:
     error = failure.error
     if error is not None and error.outage:
         breaker.failed(started, time.monotonic(), error.retry_after)
         _runtime.warn_once(f"outage {scorer.name}", f"{scorer.name} is unavailable: {error}")
     else:
         breaker.inconclusive()
-        _runtime.warn_once(f"error {scorer.name}", f"{scorer.name} gave no score: {error}")
+        told = f"{scorer.name} gave no score: {see(str(error))}"
+        _runtime.warn_once(f"error {scorer.name}", told)
     return failure
 
 
@@ -396,17 +412,6 @@ async def _close(scorers_to_close: list[Scorer]) -> None:
     for scorer in scorers_to_close:
         with contextlib.suppress(Exception):
             await scorer.aclose()
-
-
-def _see_out(runtime: _Runtime) -> None:
-    """Wait for the main thread to end, then for the last scores, then close up."""
-    threading.main_thread().join()
-    for last_chore in list(_last_chores):
-        last_chore()
-    if not drain(_EXIT_GRACE):
-        runtime.give_up()
-        drain(_LAST_WORDS)
-    runtime.close_scorers()
 
 
 def _after_fork() -> None:

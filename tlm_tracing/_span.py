@@ -75,9 +75,10 @@ class TrustedSpan:
             getattr(self._record, what)(value)
 
     def _open(self, name: str, inputs: Any, config: _config.Config) -> None:
-        from tlm_tracing import _hook, _pipeline, _propagation, _record
+        from tlm_tracing import _ends, _hook, _pipeline, _propagation, _record
 
         with _pipeline.guarded("opening a trusted block"):
+            _ends.prepare()
             record = _record.BlockRecord(name, inputs, config)
             _hook.patches.install()
             _propagation.pools.install()
@@ -109,15 +110,13 @@ class TrustedSpan:
             error = None  # a consumer who has seen enough is no failure
         if self._record is None:
             return
-        from tlm_tracing import _hook, _pipeline, _propagation, _scoring
+        from tlm_tracing import _hook, _pipeline, _propagation
 
         with _pipeline.guarded("closing a trusted block"):
             _propagation.pools.uninstall()
             _hook.patches.uninstall()
             self._adopt_from_calls()
-            rest = self._record.close(error)
-            if rest is not None:
-                _scoring.later(rest)
+            self._record.close(error)
 
     def _adopt_from_calls(self) -> None:
         """A block has no arguments and no result of its own, yet its trace should read well."""

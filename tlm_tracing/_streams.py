@@ -1,10 +1,12 @@
 """Streams that OpenAI's client hands to the caller.
 
-Chunks pass through untouched; per chunk nothing happens but keeping a reference.
+Chunks pass through untouched; per chunk nothing happens but keeping a reference. Those at the
+end may be held back until the score is in.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import weakref
 from collections.abc import AsyncIterator, Awaitable, Iterator
@@ -80,18 +82,32 @@ def _heard(stream: Any) -> Iterator[Any]:
     watch.reading = weakref.ref(stream._tlm_inner)
     add = watch.heard.add
     hides_usage = getattr(stream, "_tlm_hides_usage", False)
+    holds = watch.listener.holds_last_chunk
     try:
         for chunk in stream._tlm_inner:
             add(chunk)
-            if not (hides_usage and _tells_usage_alone(chunk)):
+            if hides_usage and _tells_usage_alone(chunk):
+                continue
+            if holds:
+                yield from _let_through(watch, chunk)
+            else:
                 yield chunk
     except GeneratorExit:
         watch.dropped()
         raise
+    except Exception as error:
+        watch.interrupted(error)
+        yield from watch.heard.held
+        raise
     except BaseException as error:
         watch.interrupted(error)
         raise
-    watch.exhausted()
+    try:
+        watch.exhausted()
+    except Exception:
+        yield from watch.heard.held
+        raise
+    yield from watch.heard.held
 
 
 async def _aheard(stream: Any) -> AsyncIterator[Any]:
@@ -103,18 +119,62 @@ async def _aheard(stream: Any) -> AsyncIterator[Any]:
     watch.reading = weakref.ref(stream._tlm_inner)
     add = watch.heard.add
     hides_usage = getattr(stream, "_tlm_hides_usage", False)
+    holds = watch.listener.holds_last_chunk
     try:
         async for chunk in stream._tlm_inner:
             add(chunk)
-            if not (hides_usage and _tells_usage_alone(chunk)):
+            if hides_usage and _tells_usage_alone(chunk):
+                continue
+            if not holds:
                 yield chunk
+                continue
+            for through in _let_through(watch, chunk):
+                yield through
     except GeneratorExit:
         watch.dropped()
+        raise
+    except Exception as error:
+        watch.interrupted(error)
+        for held in watch.heard.held:
+            yield held
         raise
     except BaseException as error:
         watch.interrupted(error)
         raise
-    await watch.aexhausted()
+    try:
+        await watch.aexhausted()
+    except Exception:
+        for held in watch.heard.held:
+            yield held
+        raise
+    for held in watch.heard.held:
+        yield held
+
+
+def _let_through(watch: Watch, chunk: Any) -> list[Any]:
+    """The chunks that the caller may have now: none while the answer is whole."""
+    held = watch.heard.held
+    if (held or _may_complete(chunk)) and _is_whole(watch):
+        held.append(chunk)
+        return []
+    through = [*held, chunk]
+    held.clear()
+    return through
+
+
+def _may_complete(chunk: Any) -> bool:
+    """Whether the answer can be whole with this chunk: asked of each, so it has to be cheap."""
+    choices = getattr(chunk, "choices", None) or ()
+    finished = any(getattr(choice, "finish_reason", None) for choice in choices)
+    return finished or getattr(chunk, "response", None) is not None
+
+
+def _is_whole(watch: Watch) -> bool:
+    endpoint = watch.listener.endpoint
+    with contextlib.suppress(Exception):  # an odd shape is met again when the stream has ended
+        answer = watch.heard.answer(endpoint)
+        return answer is not None and endpoint.is_whole(answer)
+    return False
 
 
 class _Chunks:

@@ -28,14 +28,24 @@ class Heard:
     Attributes:
         chunks: Every chunk, in order.
         first_at: When the first piece of the answer came, by ``time.monotonic``; None before.
+        held: Those that the caller does not get until the score is in.
+        replacement: What the caller gets instead of the answer, in a list of one; empty if it
+            is not replaced.
     """
 
-    __slots__ = ("_is_token", "chunks", "first_at")
+    __slots__ = ("_is_token", "chunks", "first_at", "held", "replacement")
 
     def __init__(self, is_token: Callable[[Any], bool]) -> None:
         self.chunks: list[Any] = []
         self.first_at: float | None = None
+        self.held: list[Any] = []
+        self.replacement: list[Any] = []
         self._is_token = is_token
+
+    @property
+    def is_given(self) -> bool:
+        """Whether the caller has all of the answer before its score is in."""
+        return not self.held
 
     def add(self, chunk: Any) -> None:
         """Keep a chunk."""
@@ -54,6 +64,10 @@ class Listener(Protocol):
     @property
     def endpoint(self) -> Endpoint:
         """Where it comes from."""
+
+    @property
+    def holds_last_chunk(self) -> bool:
+        """Whether its end is held back until the score is in."""
 
     def stream_opened(self, stream: Any) -> None:
         """It was handed to the caller."""

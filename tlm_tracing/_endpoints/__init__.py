@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 from tlm_tracing._endpoints import chat, responses
+from tlm_tracing._visible import without_credentials
 
 Data = dict[str, Any]
 
@@ -24,6 +25,9 @@ class Endpoint(Protocol):
 
     NAME: str
     VERB: str
+
+    def parameters(self) -> frozenset[str]:
+        """The parameters that the installed openai knows for a request."""
 
     def assemble(self, chunks: Iterable[Any]) -> Data:
         """The answer as plain data that a stream's chunks or events add up to."""
@@ -62,9 +66,30 @@ class Endpoint(Protocol):
         """
 
 
+# Input items of the Responses API tell of tools that were found, too.
+_WITH_TOOLS = frozenset({"tools", "input"})
 _PATHS: Mapping[str, Endpoint] = {"/chat/completions": chat, "/responses": responses}
 
 
 def at(path: str) -> Endpoint | None:
     """The endpoint that a request's path leads to; None if it is none of ours."""
     return _PATHS.get(path)
+
+
+def known(endpoint: Endpoint, body: Mapping[str, Any]) -> Data:
+    """A request as it is recorded and scored: by an allow-list.
+
+    Args:
+        endpoint: Where it goes.
+        body: The request body. What came by ``extra_body`` is for a server of the caller's own
+            choice and may be anything.
+
+    Returns:
+        The parameters that OpenAI documents, without the credentials for tools in them.
+    """
+    parameters = endpoint.parameters()
+    return {
+        key: without_credentials(value) if key in _WITH_TOOLS else value
+        for key, value in body.items()
+        if key in parameters
+    }

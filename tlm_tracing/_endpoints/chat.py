@@ -5,6 +5,7 @@ Source: https://platform.openai.com/docs/api-reference/chat
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -15,6 +16,14 @@ VERB = "chat"
 
 _JOINED = frozenset({"content", "refusal", "reasoning_content", "reasoning", "arguments", "input"})
 _AUDIO = frozenset({"data", "transcript"})
+
+
+@functools.cache
+def parameters() -> frozenset[str]:
+    """By openai's own types."""
+    from openai.types.chat import completion_create_params
+
+    return frozenset(completion_create_params.CompletionCreateParamsNonStreaming.__annotations__)
 
 
 def assemble(chunks: Iterable[Any]) -> dict[str, Any]:
@@ -69,7 +78,8 @@ def failure(answer: Mapping[str, Any]) -> None:
 
 def tools(request: Mapping[str, Any]) -> list[Any]:
     """The tools as they are."""
-    return list(request.get("tools") or ())
+    given = request.get("tools")
+    return list(given) if isinstance(given, (list, tuple)) else []
 
 
 def attributes(answer: Mapping[str, Any]) -> dict[str, Any]:

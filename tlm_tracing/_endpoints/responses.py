@@ -5,6 +5,7 @@ Source: https://platform.openai.com/docs/api-reference/responses
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -14,6 +15,20 @@ from tlm_tracing._messages import Unscorable
 NAME = "responses"
 VERB = "response"
 
+# What the prompt is made from.
+_SCORED = frozenset(
+    {
+        "conversation",
+        "input",
+        "instructions",
+        "model",
+        "previous_response_id",
+        "prompt",
+        "stream",
+        "text",
+        "tools",
+    }
+)
 _LAST_EVENTS = {
     "response.completed": "completed",
     "response.incomplete": "incomplete",
@@ -34,6 +49,16 @@ _PARTS = {
     "response.content_part.added": ("content", "content_index"),
     "response.reasoning_summary_part.added": ("summary", "summary_index"),
 }
+
+
+@functools.cache
+def parameters() -> frozenset[str]:
+    """By openai's own types; before 1.66 it has none, and only ``client.post`` leads here."""
+    try:
+        from openai.types.responses import response_create_params
+    except ImportError:
+        return _SCORED
+    return frozenset(response_create_params.ResponseCreateParamsNonStreaming.__annotations__)
 
 
 def assemble(events: Iterable[Any]) -> dict[str, Any]:

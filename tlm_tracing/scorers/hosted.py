@@ -22,7 +22,8 @@ from typing import Any
 
 import aiohttp
 
-from tlm_tracing._config import cleanlab_api_key, cleanlab_base_url
+from tlm_tracing import _redacted
+from tlm_tracing._config import cleanlab_api_key, cleanlab_base_url, key_fault
 from tlm_tracing._data import Exchange
 from tlm_tracing.exceptions import ConfigurationError, ScoringError
 
@@ -44,7 +45,11 @@ class HostedTLM:
         name: ``"cleanlab-tlm/<preset>"``.
         preset: The quality preset.
         model: The LLM that TLM itself uses.
+        reads_texts_only: That a score depends on the texts and the format alone, and may be
+            kept by these.
     """
+
+    reads_texts_only = True
 
     def __init__(
         self,
@@ -72,6 +77,7 @@ class HostedTLM:
             ConfigurationError: If there is no key, or cleanlab-tlm refuses preset or options.
         """
         self._key = _checked_key(api_key or cleanlab_api_key())
+        _redacted.learn([self._key])
         self._base = (base_url or cleanlab_base_url()).rstrip("/")
         self.preset = quality_preset
         self.name = f"cleanlab-tlm/{quality_preset}"
@@ -304,9 +310,9 @@ def _checked_key(key: str | None) -> str:
             "HostedTLM needs a key: set CLEANLAB_TLM_API_KEY, or give api_key=. "
             "Keys are to be had at https://tlm.cleanlab.ai."
         )
-    if not key.isascii() or not key.isprintable() or " " in key:
+    if (fault := key_fault(key)) is not None:
         raise ConfigurationError(
-            "The Cleanlab key contains blanks or characters that no key has; copy it again."
+            f"The Cleanlab key {fault}: copy it again to CLEANLAB_TLM_API_KEY, or to api_key=."
         )
     return key
 
