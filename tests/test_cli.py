@@ -85,7 +85,9 @@ def test_live_without_an_answer_says_so(tmp_path, sandbox):
 
 def test_without_a_command_the_help_is_shown(capsys):
     assert main([]) == 2
-    assert "demo" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "demo" in said
+    assert "doctor" in said
 
 
 def test_an_unknown_command_is_refused(capsys):

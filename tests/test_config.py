@@ -1,5 +1,6 @@
 """Keyword, ``configure()``, environment, default: the first that names a setting wins."""
 
+import asyncio
 import dataclasses
 
 import openai
@@ -16,14 +17,18 @@ DEFAULTS = {
     "timeout": 30.0,
     "threshold": None,
     "on_low": "flag",
+    "hold_last_chunk": False,
     "on_error": "pass",
     "sample_rate": 1.0,
+    "should_score": None,
     "max_scores_per_minute": None,
+    "cache_size": 0,
     "max_concurrency": 32,
     "queue_size": 1000,
     "enabled": True,
     "capture_content": True,
     "stream_usage": False,
+    "evaluation_events": False,
     "mask": None,
     "mask_scorer": None,
 }
@@ -57,6 +62,8 @@ ENVIRONMENT = {
     "MAX_SCORES_PER_MINUTE": ("60", "max_scores_per_minute", 60),
     "MAX_CONCURRENCY": ("4", "max_concurrency", 4),
     "QUEUE_SIZE": ("7", "queue_size", 7),
+    "CACHE_SIZE": ("500", "cache_size", 500),
+    "EVALUATION_EVENTS": ("yes", "evaluation_events", True),
     "ENABLED": ("False", "enabled", False),
     "CAPTURE_CONTENT": ("0", "capture_content", False),
     "SCORER": ("hosted", "scorer", "hosted"),
@@ -96,16 +103,23 @@ def test_the_environment_is_read_at_each_call_and_keywords_beat_it(sandbox, monk
         ("timeout", "30"),
         ("timeout", True),
         ("timeout", float("nan")),
+        ("timeout", float("inf")),
         ("threshold", 1.5),
         ("on_low", "panic"),
         ("on_error", "log"),
         ("sample_rate", -0.1),
+        ("sample_rate", asyncio.sleep),
+        ("should_score", 0.5),
+        ("should_score", asyncio.sleep),
         ("max_scores_per_minute", -1),
+        ("cache_size", -1),
+        ("cache_size", True),
         ("max_concurrency", 0),
         ("max_concurrency", 1.5),
         ("queue_size", -1),
         ("enabled", "yes"),
         ("capture_content", 1),
+        ("evaluation_events", None),
         ("scorer", "hosted!"),
         ("scorer", 3),
         ("scorer", FakeScorer),

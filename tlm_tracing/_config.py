@@ -265,8 +265,9 @@ def _from_environment(raw: tuple[str | None, ...], has_key: bool) -> Config:
             continue
         try:
             values[name] = parse(text.strip())
-        except ValueError as error:
-            raise ConfigurationError(f"{_PREFIX}{name.upper()}={text!r}: {error}") from None
+            Config(**{name: values[name]})
+        except ValueError:  # ConfigurationError, too, whose message tells the value: maybe a key
+            raise ConfigurationError(f"{_PREFIX}{name.upper()} must be {_WANTED[name]}.") from None
     return Config(**{**values, **_configured})
 
 

@@ -16,6 +16,7 @@ from tlm_tracing import _outbox, _ready, _record, _scoring, _threads
 
 _EXIT_GRACE = 5.0
 _LAST_WORDS = 2.0
+_START_GRACE = 10.0
 
 _lock = threading.Lock()
 _last_chores: set[Callable[[], None]] = set()
@@ -81,6 +82,7 @@ def _wind_up() -> None:
         _scoring.give_up()
         _scoring.drain(_LAST_WORDS)
     _outbox.end()
+    _ready.flush(_LAST_WORDS if _ready.last_error() else _START_GRACE)
     _record.flush()
     _outbox.flush()
     _outbox.report(_ready.unwritten(), _ready.last_error())

@@ -13,7 +13,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: The arguments after the program's name; those of the process by default.
 
     Returns:
-        The exit code: 0, or 2 if the command can't be run as given.
+        The exit code: 0, 1 if the doctor found a problem, or 2 if the command can't be run as
+        given.
     """
     parser = _parser()
     options = parser.parse_args(argv)
@@ -44,7 +45,34 @@ def _parser() -> argparse.ArgumentParser:
         help="where MLflow keeps the traces (default: mlflow.db in this directory)",
     )
     demo.set_defaults(run=_demo)
+    doctor = commands.add_parser(
+        "doctor",
+        help="check packages, settings, keys, the LLM endpoint, Cleanlab and MLflow",
+        description="Checks all that tracing needs, and says for each problem what to do. Writes "
+        "one trace to MLflow, reads it back and deletes it; asks Cleanlab for one score, which it "
+        "bills. Never prints a key. The exit status is 1 if there is any problem.",
+    )
+    doctor.add_argument(
+        "--tracking-uri", metavar="URI", help="MLflow's store (default: the one in force)"
+    )
+    doctor.add_argument(
+        "--timeout",
+        type=_seconds,
+        default=10.0,
+        metavar="SECONDS",
+        help="how long each check may take (default: 10)",
+    )
+    doctor.add_argument("--no-score", action="store_true", help="don't ask Cleanlab for a score")
+    doctor.add_argument("--json", action="store_true", help="print one JSON object, for programs")
+    doctor.set_defaults(run=_doctor)
     return parser
+
+
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0 < seconds <= 3600:
+        raise ValueError
+    return seconds
 
 
 def _demo(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
@@ -54,3 +82,15 @@ def _demo(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         parser.error(f"--live needs {' and '.join(missing)} to be set; without --live none is.")
     _demo.run(live=options.live, tracking_uri=options.tracking_uri)
     return 0
+
+
+def _doctor(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    from tlm_tracing import _doctor
+
+    found = _doctor.run(
+        tracking_uri=options.tracking_uri,
+        timeout=options.timeout,
+        score=not options.no_score,
+        as_json=options.json,
+    )
+    return _doctor.end(_doctor.status(found))
