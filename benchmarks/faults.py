@@ -47,7 +47,7 @@ import openai
 import tlm_tracing as tt
 from tlm_tracing.scorers import HostedTLM
 from tlm_tracing.testing import Sandbox
-from tlm_tracing.testing._tracking import TrackingServer, UnavailableError, Wire
+from tlm_tracing.testing._tracking import Postgres, TrackingServer, UnavailableError, Wire
 
 MODES = ("inline", "background")
 AT_ONCE = 8
@@ -228,6 +228,12 @@ class Scene:
     wire: Wire
     lock: ExitStack = field(default_factory=ExitStack)
 
+    @property
+    def database(self) -> Postgres:
+        """The PostgreSQL behind the server."""
+        assert self.server.database is not None
+        return self.server.database
+
     def lock_database(self) -> None:
         """Another process writes, and is not done."""
         self.lock.enter_context(
@@ -358,8 +364,8 @@ FAULTS = (
     of_mlflow("database locked", Scene.lock_database, lambda scene: scene.lock.close()),
     of_mlflow(
         "database killed, restarted",
-        lambda scene: scene.server.database and scene.server.database.kill(),
-        lambda scene: scene.server.database and scene.server.database.start(),
+        lambda scene: scene.database.kill(),
+        lambda scene: scene.database.start(),
         only="postgresql",
     ),
     of_mlflow(
