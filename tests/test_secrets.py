@@ -849,5 +849,3 @@ def test_the_failure_that_a_response_tells_of_is_redacted(sandbox, trace):
     found = trace()
     assert found.data.spans[1].status.status_code.value == "ERROR"
     assert found.data.spans[1].status.description.startswith("[")
-
-

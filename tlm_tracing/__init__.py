@@ -10,9 +10,8 @@ if TYPE_CHECKING:
     from tlm_tracing._data import Trust
     from tlm_tracing._hook import autolog, wrap_openai
     from tlm_tracing._pipeline import flush
-    from tlm_tracing._propagation import propagate
+    from tlm_tracing._propagation import propagate, suppress
     from tlm_tracing._returned import trust
-    from tlm_tracing._scope import suppress
     from tlm_tracing._scoring import Stats, stats
     from tlm_tracing._span import TrustedSpan, trusted, trusted_span
     from tlm_tracing.exceptions import (
@@ -53,7 +52,7 @@ _HOMES = {
     "flush": "_pipeline",
     "propagate": "_propagation",
     "trust": "_returned",
-    "suppress": "_scope",
+    "suppress": "_propagation",
     "Stats": "_scoring",
     "stats": "_scoring",
     "TrustedSpan": "_span",

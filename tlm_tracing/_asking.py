@@ -177,7 +177,7 @@ def _lasting(answer: Any) -> Any:
 
 async def _ask(exchange: Exchange, scorer: Scorer) -> Any:
     """Whatever the scorer itself calls is not the application's."""
-    with _record.silenced(), _scope.suppress():
+    with _record.silenced(), _scope.suppression(True):
         return await scorer.score(exchange)
 
 
@@ -227,7 +227,7 @@ def _heeded(
 ) -> float:
     """What a rule of the user's says; where it fails, the answer is scored."""
     try:
-        with _scope.suppress():  # what it asks OpenAI itself would lead here again, without end
+        with _scope.suppression(True):  # or what it asks OpenAI would lead here again
             return read(rule(*seen))
     except Exception as error:
         _warn_of_rule(setting, rule, error)

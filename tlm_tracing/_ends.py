@@ -6,6 +6,7 @@ SIGTERM, which would end the process on the spot, by a handler where the applica
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
@@ -36,16 +37,20 @@ def prepare(last_chore: Callable[[], None] | None = None) -> None:
     if not _is_watched:
         with _lock:
             if not _is_watched:
-                # Not atexit: threads that are no daemons are waited for before MLflow's own
-                # flush at exit, which must come after the last score.
-                _threads.start("exit", _see_out, daemon=False)
                 _is_watched = True
-    if not _is_handled and threading.current_thread() is threading.main_thread():
-        _handle_sigterm()
+                # Not atexit: threads that are no daemons are waited for before MLflow's own
+                # flush at exit, which must come after the last score. A first call at exit is
+                # too late for a thread.
+                with contextlib.suppress(RuntimeError):
+                    _threads.start("exit", _see_out, daemon=False)
+    handle_sigterm()
 
 
-def _handle_sigterm() -> None:
+def handle_sigterm() -> None:
+    """Be ready for SIGTERM, if this is the main thread and the application is not."""
     global _is_handled
+    if _is_handled or threading.current_thread() is not threading.main_thread():
+        return
     _is_handled = True
     if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         signal.signal(signal.SIGTERM, _on_sigterm)

@@ -22,6 +22,7 @@ from tlm_tracing import (
     _bodies,
     _config,
     _endpoints,
+    _ends,
     _patches,
     _pipeline,
     _record,
@@ -66,6 +67,7 @@ def autolog(disable: bool = False, **settings: Any) -> None:
         patches.uninstall()
     elif not disable and not was_on:
         patches.install()
+        _ends.handle_sigterm()
     else:
         patches.renew()
 
@@ -93,6 +95,7 @@ def wrap_openai(client: ClientT, **settings: Any) -> ClientT:
     if not hasattr(type(client), _SETTINGS):
         client.__class__ = traced_class(type(client))  # type: ignore[arg-type]
     object.__setattr__(client, _SETTINGS, dict(settings))
+    _ends.handle_sigterm()
     return client
 
 

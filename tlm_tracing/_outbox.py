@@ -32,6 +32,8 @@ _FLUSH = 30.0
 # Who has waited in vain for a store that does not answer does not wait again for a while.
 _PATIENCE = 5.0
 _IMPATIENT = 60.0
+# A write that is interrupted by a fork would leave the child's database locked.
+_BEFORE_FORK = 2.0
 # At the end of the process: for all of it, and with a store that is away.
 _LAST_FLUSH = 10.0
 _LAST_WORD = 3.0
@@ -77,6 +79,8 @@ class _Outbox:
         self._numbers = itertools.count()
         self._writers = 0
         self._idle = 0
+        self._writing = 0
+        self._is_forking = False
         self._probing = False
         self._away_until = 0.0
         self._pause = _FIRST_PAUSE
@@ -126,6 +130,9 @@ class _Outbox:
                 self._failed(parcel, error)
             else:
                 self._succeeded(parcel, done)
+            with self.work:
+                self._writing -= 1
+                self.progress.notify_all()
 
     def _next(self) -> Parcel:
         with self.work:
@@ -133,10 +140,10 @@ class _Outbox:
                 now = time.monotonic()
                 while self._later and self._later[0][0] <= now:
                     self._due.append(heapq.heappop(self._later)[2])
-                if self._due and not self.is_away:
-                    return self._due.popleft()
-                if self._due and not self._probing and now >= self._away_until:
-                    self._probing = True
+                may_probe = not self._probing and now >= self._away_until
+                if self._due and not self._is_forking and (may_probe or not self.is_away):
+                    self._probing = self.is_away
+                    self._writing += 1
                     return self._due.popleft()
                 self._idle += 1
                 self.work.wait(self._time_to_next(now))
@@ -223,6 +230,16 @@ class _Outbox:
             self._said.add(key)
             _logger.warning(message)
 
+    def fork(self) -> None:
+        with self.work:
+            self._is_forking = True
+            self.progress.wait_for(lambda: not self._writing, _BEFORE_FORK)
+
+    def forked(self) -> None:
+        with self.work:
+            self._is_forking = False
+            self.work.notify_all()
+
     def flush(self, timeout: float | None) -> bool:
         until = None if timeout is None else time.monotonic() + timeout
         with self.work:
@@ -304,7 +321,8 @@ def report(unready: int = 0, error: Exception | None = None) -> None:
     """
     if left := _outbox.unwritten + unready:
         _logger.warning(
-            "%d traces or scores could not be delivered to MLflow before the process ended: %s.",
+            "%d writes of traces or scores could not be delivered to MLflow before the process "
+            "ended: %s.",
             left,
             _outbox.last_error or error or "there was no time left",
         )
@@ -318,4 +336,8 @@ def _after_fork() -> None:
 
 _outbox = _Outbox()
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
+    os.register_at_fork(
+        before=lambda: _outbox.fork(),
+        after_in_parent=lambda: _outbox.forked(),
+        after_in_child=_after_fork,
+    )

@@ -5,7 +5,8 @@ Context variables reach tasks and ``asyncio.to_thread`` by themselves, but no th
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, ParamSpec, TypeVar
 
@@ -33,17 +34,29 @@ def propagate(function: Callable[P, R]) -> Callable[P, R]:
     """
     scope = _scope.current()
     span = _record.active()
+    quiet = _scope.suppressed()
 
     @_patches.like(function)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
-        with _scope.entered(scope), _record.activated(span):
+        with _scope.entered(scope), _record.activated(span), _scope.suppression(quiet):
             return function(*args, **kwargs)
 
     return wrapper
 
 
+@contextlib.contextmanager
+def suppress() -> Iterator[None]:
+    """Record nothing and score nothing inside the block, whatever way in is active."""
+    pools.install()
+    try:
+        with _scope.suppression(True):
+            yield
+    finally:
+        pools.uninstall()
+
+
 def _submit(wrapped: Any, _pool: Any, args: Any, kwargs: Any) -> Future[Any]:
-    if args and _scope.current() is not None:
+    if args and (_scope.current() is not None or _scope.suppressed()):
         args = (propagate(args[0]), *args[1:])
     submitted: Future[Any] = wrapped(*args, **kwargs)
     return submitted

@@ -100,10 +100,10 @@ def suppressed() -> bool:
 
 
 @contextlib.contextmanager
-def suppress() -> Iterator[None]:
-    """Record nothing and score nothing inside the block, whatever way in is active."""
+def suppression(value: bool) -> Iterator[None]:
+    """Whether calls are to be left alone inside."""
     before = _suppressed.get()
-    _suppressed.set(True)
+    _suppressed.set(value)
     try:
         yield
     finally:

@@ -12,6 +12,7 @@ https://github.com/cleanlab/cleanlab-tools.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import random
@@ -222,11 +223,26 @@ class HostedTLM:
         """The session of this process and loop: neither survives a fork or a new loop."""
         home = (os.getpid(), asyncio.get_running_loop())
         if self._session is None or self._session.closed or self._home != home:
+            self._abandon_inherited()
             # The number in flight is capped by max_concurrency, not here.
             connector = aiohttp.TCPConnector(limit=0)
             self._session = aiohttp.ClientSession(connector=connector, trust_env=True)
             self._home = home
         return self._session
+
+    def _abandon_inherited(self) -> None:
+        """Let go of the session of a parent process, and close none of its connections.
+
+        To close them would take them from the parent's event loop, too, which would then wait for
+        an answer on them for ever.
+        """
+        session = self._session
+        if session is None or self._home is None or self._home[0] == os.getpid():
+            return
+        connector: Any = session.connector
+        session.detach()
+        with contextlib.suppress(AttributeError):
+            connector._conns.clear()
 
 
 class _PassingError(ScoringError):
