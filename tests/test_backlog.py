@@ -169,6 +169,7 @@ assert tt.flush(120)
 """
 
 
+@pytest.mark.long
 def test_no_trace_is_lost_of_more_calls_than_mlflow_has_room_for(
     request, sandbox, store, experiment
 ):

@@ -163,6 +163,7 @@ def test_a_program_gets_one_json_object_and_is_not_billed(tmp_path, sandbox, sto
     assert not sandbox.requests("tlm")
 
 
+@pytest.mark.long
 def test_the_time_is_bounded_when_everything_hangs(tmp_path, silent_port):
     silent = f"http://127.0.0.1:{silent_port}"
     started = time.monotonic()
@@ -496,6 +497,7 @@ def test_what_mlflow_says_is_told_without_secrets(
     assert log.last == "The first line. [redacted] is no name for an experiment"
 
 
+@pytest.mark.long
 def test_a_database_that_cannot_be_opened_is_told_in_time(tmp_path, sandbox):
     (tmp_path / "folder").mkdir()
     started = time.monotonic()
@@ -515,6 +517,7 @@ def test_a_database_that_cannot_be_opened_is_told_in_time(tmp_path, sandbox):
     assert "unable to open database file" in said
 
 
+@pytest.mark.long
 def test_a_store_that_cannot_be_written_is_told_in_time(tmp_path, sandbox):
     uri = f"sqlite:///{tmp_path / 'traces.db'}"
     mlflow.MlflowClient(uri).search_experiments()

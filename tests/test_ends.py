@@ -45,6 +45,18 @@ def say(word):
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
 
+def one_short(first, *others):
+    """Parameters of which the first is tried each time, the others by -m long."""
+    return [first, *(pytest.param(*as_tuple(one), marks=pytest.mark.long) for one in others)]
+
+
+def as_tuple(value):
+    return value if isinstance(value, tuple) else (value,)
+
+
+MODES = pytest.mark.parametrize("mode", one_short("background", "inline"))
+
+
 class Application:
     """A process of its own, as a user would start one, and what it says."""
 
@@ -177,8 +189,8 @@ ENDS = {
 }
 
 
-@pytest.mark.parametrize("mode", ["inline", "background"])
-@pytest.mark.parametrize(("end", "status"), ENDS.values(), ids=ENDS)
+@MODES
+@pytest.mark.parametrize(("end", "status"), one_short(*ENDS.values()), ids=ENDS)
 def test_what_was_called_is_kept_when_a_program_ends(end, status, mode, start, sandbox, kept):
     sandbox.default("tlm", delay=0.3)
     application = start("ask(1)\nask(2)\n" + end, mode=mode)
@@ -191,6 +203,7 @@ def test_what_was_called_is_kept_when_a_program_ends(end, status, mode, start, s
     assert kept() == scored(1, 2)
 
 
+@pytest.mark.long
 def test_many_scores_are_waited_for_at_the_end(start, sandbox, kept):
     sandbox.default("tlm", delay=1)
     application = start("with ThreadPoolExecutor(8) as pool:\n    list(pool.map(ask, range(24)))")
@@ -199,6 +212,7 @@ def test_many_scores_are_waited_for_at_the_end(start, sandbox, kept):
     assert kept() == scored(*range(24))
 
 
+@pytest.mark.long
 def test_a_scorer_that_hangs_holds_an_exit_up_for_a_bounded_time(start, sandbox, kept):
     sandbox.default("tlm", hang=True)
     application = start("for number in range(4): ask(number)\nsay('called')")
@@ -221,7 +235,7 @@ WAITS = {
 }
 
 
-@pytest.mark.parametrize("wait", WAITS.values(), ids=WAITS)
+@pytest.mark.parametrize("wait", one_short(*WAITS.values()), ids=WAITS)
 def test_sigterm_ends_a_program_with_its_calls_kept_and_scored(wait, start, sandbox, kept):
     sandbox.default("tlm", delay=0.5)
     application = start(f"ask(1)\nask(2)\nsay('waiting')\n{wait}")
@@ -234,6 +248,7 @@ def test_sigterm_ends_a_program_with_its_calls_kept_and_scored(wait, start, sand
     assert kept() == scored(1, 2)
 
 
+@pytest.mark.long
 def test_sigterm_keeps_inline_calls_that_mlflow_has_not_written_yet(start, kept):
     application = start("ask(1)\nsay('waiting')\ntime.sleep(600)", mode="inline")
     application.wait_for("waiting")
@@ -242,6 +257,7 @@ def test_sigterm_keeps_inline_calls_that_mlflow_has_not_written_yet(start, kept)
     assert kept() == scored(1)
 
 
+@pytest.mark.long
 def test_sigterm_is_obeyed_in_bounded_time_when_the_scorer_hangs(start, sandbox, kept):
     sandbox.default("tlm", hang=True)
     application = start("ask(1)\nsay('waiting')\ntime.sleep(600)")
@@ -254,7 +270,8 @@ def test_sigterm_is_obeyed_in_bounded_time_when_the_scorer_hangs(start, sandbox,
     assert kept() == [(1, "timeout")]
 
 
-@pytest.mark.parametrize("mode", ["inline", "background"])
+@pytest.mark.long
+@MODES
 def test_sigterm_amid_calls_loses_none_that_were_answered_before(mode, start, kept):
     code = """
     for number in range(100_000):
@@ -298,7 +315,7 @@ SET_BEFORE = "signal.signal(signal.SIGTERM, own)\nask(1)\n"
 SET_AFTER = "ask(1)\nsignal.signal(signal.SIGTERM, own)\n"
 
 
-@pytest.mark.parametrize("beginning", [SET_BEFORE, SET_AFTER], ids=["before", "after"])
+@pytest.mark.parametrize("beginning", one_short(SET_BEFORE, SET_AFTER), ids=["before", "after"])
 def test_a_handler_of_ones_own_is_not_touched_and_runs(beginning, start, sandbox, kept):
     sandbox.default("tlm", delay=0.5)
     code = OWN + beginning + "assert signal.getsignal(signal.SIGTERM) is own\nsay('waiting')\n"
@@ -311,6 +328,7 @@ def test_a_handler_of_ones_own_is_not_touched_and_runs(beginning, start, sandbox
     assert kept() == scored(1)
 
 
+@pytest.mark.long
 def test_a_handler_of_ones_event_loop_is_not_touched_and_runs(start, sandbox, kept):
     sandbox.default("tlm", delay=0.5)
     code = """
@@ -335,6 +353,7 @@ def test_a_handler_of_ones_event_loop_is_not_touched_and_runs(start, sandbox, ke
     assert kept() == scored(1)
 
 
+@pytest.mark.long
 def test_a_handler_that_calls_the_one_before_it_ends_the_program(start, sandbox, kept):
     sandbox.default("tlm", delay=0.5)
     code = """
@@ -358,6 +377,7 @@ def test_a_handler_that_calls_the_one_before_it_ends_the_program(start, sandbox,
     assert kept() == scored(1)
 
 
+@pytest.mark.long
 def test_a_program_that_ignores_sigterm_goes_on(start, kept):
     code = """
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -374,7 +394,8 @@ def test_a_program_that_ignores_sigterm_goes_on(start, kept):
     assert kept() == scored(1, 2)
 
 
-@pytest.mark.parametrize("mode", ["inline", "background"])
+@pytest.mark.long
+@MODES
 def test_sigint_ends_a_program_as_ever_with_its_calls_kept(mode, start, sandbox, kept):
     sandbox.default("tlm", delay=0.3)
     # Where the tests run in the background, their children would ignore it.
@@ -419,8 +440,8 @@ def application(environ, start_response):
 """
 
 
-@pytest.mark.parametrize("mode", ["inline", "background"])
-@pytest.mark.parametrize("preload", [True, False], ids=["preloaded", "not preloaded"])
+@MODES
+@pytest.mark.parametrize("preload", one_short(True, False), ids=["preloaded", "not preloaded"])
 def test_gunicorn_keeps_every_request_of_every_worker(
     preload, mode, start, sandbox, listener, kept
 ):
@@ -458,7 +479,7 @@ def test_gunicorn_keeps_every_request_of_every_worker(
     assert kept() == scored(*range(0 if preload else 1, 10))
 
 
-@pytest.mark.parametrize("mode", ["inline", "background"])
+@MODES
 def test_uvicorn_keeps_every_request_with_a_flush_in_its_lifespan(
     mode, start, sandbox, listener, experiment, kept
 ):
@@ -497,8 +518,8 @@ CHILD_ENDS = {
 }
 
 
-@pytest.mark.parametrize("mode", ["inline", "background"])
-@pytest.mark.parametrize("end", CHILD_ENDS.values(), ids=CHILD_ENDS)
+@MODES
+@pytest.mark.parametrize("end", one_short(*CHILD_ENDS.values()), ids=CHILD_ENDS)
 def test_a_parent_and_its_child_both_go_on(end, mode, start, sandbox, kept):
     sandbox.default("tlm", delay=0.5)
     code = f"""
@@ -519,6 +540,7 @@ ask(3)
     assert kept() == scored(0, 1, 2, 3)
 
 
+@pytest.mark.long
 def test_children_of_children_go_on(start, kept):
     code = """
     for generation in range(4):
@@ -534,6 +556,7 @@ def test_children_of_children_go_on(start, kept):
     assert kept() == scored(*range(4))
 
 
+@pytest.mark.long
 def test_a_child_does_not_wait_for_what_its_parent_asked_for(start, sandbox, kept):
     sandbox.default("tlm", hang=True)
     code = """
@@ -554,6 +577,7 @@ def test_a_child_does_not_wait_for_what_its_parent_asked_for(start, sandbox, kep
     assert len(sandbox.requests("tlm")) == 1
 
 
+@pytest.mark.long
 def test_forks_from_a_pool_while_other_threads_are_calling(start, kept):
     code = """
     def calling(first):
@@ -584,6 +608,7 @@ def test_forks_from_a_pool_while_other_threads_are_calling(start, kept):
     assert kept() == scored(*range(37))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("end", CHILD_ENDS.values(), ids=CHILD_ENDS)
 def test_a_block_that_is_open_across_a_fork_costs_neither_side_a_call(end, start, kept):
     code = f"""
@@ -633,7 +658,7 @@ if __name__ == "__main__":
 @pytest.mark.parametrize(
     # Where a worker does not inherit what is imported, its start takes seconds.
     ("method", "workers"),
-    [("fork", 2), ("spawn", 1), ("forkserver", 1)],
+    one_short(("fork", 2), ("spawn", 1), ("forkserver", 1)),
 )
 def test_multiprocessing_keeps_what_every_process_has_called(method, workers, start, sandbox, kept):
     sandbox.default("tlm", delay=0.3)
@@ -657,7 +682,7 @@ for line in sys.stdin:
 """
 
 
-@pytest.mark.parametrize("mode", ["inline", "background"])
+@MODES
 def test_a_handler_that_flushes_may_be_frozen_and_killed(mode, start, sandbox, kept):
     sandbox.default("tlm", delay=0.3)
     application = start(HANDLER, mode=mode)
@@ -673,6 +698,7 @@ def test_a_handler_that_flushes_may_be_frozen_and_killed(mode, start, sandbox, k
     assert kept() == scored(0, 1, 2)
 
 
+@pytest.mark.long
 def test_what_is_pending_when_a_process_is_frozen_is_kept_when_it_thaws(start, sandbox, kept):
     sandbox.default("tlm", hang=True)
     application = start("ask(1)\nsay('called')\nsys.stdin.readline()")
@@ -690,6 +716,7 @@ def test_what_is_pending_when_a_process_is_frozen_is_kept_when_it_thaws(start, s
 # The interpreter shuts down
 
 
+@pytest.mark.long
 def test_daemon_threads_that_still_call_at_the_end_are_no_trouble(start, kept):
     code = """
     answered = threading.Barrier(5)
@@ -712,6 +739,7 @@ def test_daemon_threads_that_still_call_at_the_end_are_no_trouble(start, kept):
     assert [call for call in kept() if call[0] < 1000] == scored(*range(4))
 
 
+@pytest.mark.long
 def test_threads_that_call_beyond_the_end_of_the_main_one_are_kept(start, sandbox, kept):
     sandbox.default("tlm", delay=0.3)
     code = """
@@ -729,8 +757,10 @@ def test_threads_that_call_beyond_the_end_of_the_main_one_are_kept(start, sandbo
     assert kept() == scored(0, 1, 2)
 
 
-@pytest.mark.parametrize("first", ["ask(0)", ""], ids=["not the first call", "the first call"])
-@pytest.mark.parametrize("mode", ["inline", "background"])
+@pytest.mark.parametrize(
+    "first", one_short("", "ask(0)"), ids=["the first call", "not the first call"]
+)
+@MODES
 def test_a_call_at_exit_is_answered_and_costs_no_other(first, mode, start, kept):
     code = "atexit.register(lambda: say(ask(1).choices[0].message.role))\n"
     application = start(code + first, mode=mode)
@@ -741,6 +771,7 @@ def test_a_call_at_exit_is_answered_and_costs_no_other(first, mode, start, kept)
     assert [call for call in kept() if call[0] != 1] == (scored(0) if first else [])
 
 
+@pytest.mark.long
 def test_threads_that_call_at_exit_are_no_trouble(start, kept):
     code = """
     go_on, over = threading.Event(), threading.Event()

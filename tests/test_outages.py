@@ -86,8 +86,8 @@ def bare(sandbox):
     ("asked", "mode"),
     [
         (asked_asynchronously, "inline"),
-        (asked_synchronously, "background"),
-        (asked_asynchronously, "background"),
+        pytest.param(asked_synchronously, "background", marks=pytest.mark.long),
+        pytest.param(asked_asynchronously, "background", marks=pytest.mark.long),
     ],
     ids=["async-inline", "sync-background", "async-background"],
 )
@@ -108,6 +108,7 @@ def test_a_fault_of_cleanlab_costs_the_score_and_nothing_else(
     assert found.info.assessments == []
 
 
+@pytest.mark.long
 @ALL_FAULTS
 def test_a_fault_of_cleanlab_does_not_keep_a_stream_open(fault, reason, bare, sandbox, trace):
     sandbox.default("tlm", **fault)
@@ -467,6 +468,7 @@ def test_nothing_is_lost_when_the_server_is_away_before_the_first_call(server, a
     assert_nothing_is_lost(new, server.uri)
 
 
+@pytest.mark.long
 @on_sqlite
 def test_what_was_kept_goes_to_its_own_experiment(server, application):
     client = mlflow.MlflowClient(tracking_uri=server.uri)
@@ -488,6 +490,7 @@ def test_an_end_is_not_held_up_by_a_dead_server(server, application):
     assert_an_end_is_not_held_up([*old, *new])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("since", ["of late", "before the first call"])
 def test_nothing_is_lost_when_the_server_is_paused(since, server, application):
     old = veterans(application, server.uri) if since == "of late" else []
@@ -500,6 +503,7 @@ def test_nothing_is_lost_when_the_server_is_paused(since, server, application):
     assert_nothing_is_lost([*old, *new], server.uri)
 
 
+@pytest.mark.long
 @on_sqlite
 def test_an_end_is_not_held_up_by_a_paused_server(server, application):
     old, new = veterans(application, server.uri), newcomers(application, server.uri, "by name")
@@ -517,6 +521,7 @@ WIRES = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("since", ["of late", "before the first call"])
 @pytest.mark.parametrize("trouble", WIRES.values(), ids=WIRES)
 @on_sqlite
@@ -530,6 +535,7 @@ def test_nothing_is_lost_by_a_broken_network(trouble, since, server, application
         assert_nothing_is_lost([*old, *new], server.uri)
 
 
+@pytest.mark.long
 @on_sqlite
 def test_an_end_is_not_held_up_by_a_black_hole(server, application):
     with Wire(server.port) as wire:
@@ -539,6 +545,7 @@ def test_an_end_is_not_held_up_by_a_black_hole(server, application):
         assert_an_end_is_not_held_up([*old, *new])
 
 
+@pytest.mark.long
 @on_sqlite
 def test_a_score_that_comes_while_the_server_is_away_is_kept(server, application, sandbox):
     """In the background a trace is open when the server dies, and its score comes later."""
@@ -554,6 +561,7 @@ def test_a_score_that_comes_while_the_server_is_away_is_kept(server, application
     assert_nothing_is_lost([app], server.uri)
 
 
+@pytest.mark.long
 @on_postgres
 def test_nothing_is_lost_when_the_database_behind_the_server_dies(server, application):
     old = veterans(application, server.uri)
@@ -575,6 +583,7 @@ def locked(database):
         connection.execute("ROLLBACK")
 
 
+@pytest.mark.long
 @on_sqlite
 def test_nothing_is_lost_when_the_database_behind_the_server_is_locked(server, application):
     old = veterans(application, server.uri)
@@ -606,7 +615,9 @@ def database(template, tmp_path):
     return path
 
 
-@pytest.mark.parametrize("since", ["of late", "before the first call"])
+@pytest.mark.parametrize(
+    "since", ["of late", pytest.param("before the first call", marks=pytest.mark.long)]
+)
 def test_nothing_is_lost_when_the_database_is_locked(since, database, application):
     uri = f"sqlite:///{database}"
     old = veterans(application, uri) if since == "of late" else []
@@ -618,6 +629,7 @@ def test_nothing_is_lost_when_the_database_is_locked(since, database, applicatio
     assert_nothing_is_lost([*old, *new], uri)
 
 
+@pytest.mark.long
 def test_an_end_is_not_held_up_by_a_locked_database(database, application):
     uri = f"sqlite:///{database}"
     old, new = veterans(application, uri), newcomers(application, uri, "by name")
@@ -635,6 +647,7 @@ def obey_permissions():
     ctypes.CDLL(None).prctl(drop, may_write_anywhere, 0, 0, 0)
 
 
+@pytest.mark.long
 @needs_linux
 def test_nothing_is_lost_when_the_database_is_not_writable_for_a_while(database, application):
     uri = f"sqlite:///{database}"
@@ -649,6 +662,7 @@ def test_nothing_is_lost_when_the_database_is_not_writable_for_a_while(database,
     assert_nothing_is_lost(old, uri)
 
 
+@pytest.mark.long
 @needs_linux
 @pytest.mark.parametrize("there_is", ["a database", "nothing yet"])
 def test_a_store_that_was_never_writable_is_hardly_noticed(there_is, database, application):
@@ -674,6 +688,7 @@ def test_a_store_that_was_never_writable_is_hardly_noticed(there_is, database, a
     database.parent.chmod(0o755)
 
 
+@pytest.mark.long
 @needs_linux
 def test_nothing_is_lost_when_the_database_may_not_grow_for_a_while(database, application):
     uri = f"sqlite:///{database}"
@@ -701,6 +716,7 @@ def small_disk(tmp_path):
     pytest.skip("a small disk can't be mounted here")
 
 
+@pytest.mark.long
 def test_nothing_is_lost_when_the_disk_is_full_for_a_while(small_disk, template, application):
     database, filler = small_disk / "mlflow.db", small_disk / "filler"
     database.write_bytes(template.read_bytes())
@@ -724,6 +740,7 @@ def listens(port):
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
+@pytest.mark.long
 def test_a_server_ends_with_the_process_that_started_it(tmp_path):
     code = f"""
     import os, signal
