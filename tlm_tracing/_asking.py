@@ -144,6 +144,7 @@ def _send(found: list[Exchange | Unscorable], config: Config) -> Future[Verdict]
 
 def _submit(exchange: Exchange, config: Config) -> Future[Verdict]:
     def send() -> Future[Verdict]:
+        scorers.load(config.scorer)
         find = functools.partial(_scorer, config)
         return _scoring.submit(find, functools.partial(_ask, exchange), config)
 

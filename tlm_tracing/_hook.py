@@ -67,7 +67,7 @@ def autolog(disable: bool = False, **settings: Any) -> None:
         patches.uninstall()
     elif not disable and not was_on:
         patches.install()
-        _ends.handle_sigterm()
+        _be_ready_for_the_end(settings)
     else:
         patches.renew()
 
@@ -95,8 +95,15 @@ def wrap_openai(client: ClientT, **settings: Any) -> ClientT:
     if not hasattr(type(client), _SETTINGS):
         client.__class__ = traced_class(type(client))  # type: ignore[arg-type]
     object.__setattr__(client, _SETTINGS, dict(settings))
-    _ends.handle_sigterm()
+    _be_ready_for_the_end(settings)
     return client
+
+
+def _be_ready_for_the_end(settings: Mapping[str, Any]) -> None:
+    """The calls may come from threads, which can't see to signals."""
+    with contextlib.suppress(ConfigurationError):  # from the environment: told at the first call
+        if _config.resolve(settings).enabled:
+            _ends.handle_sigterm()
 
 
 @functools.cache

@@ -6,6 +6,7 @@ plain function ``(request, completion) -> score`` will do as well.
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from tlm_tracing._config import cleanlab_api_key
@@ -41,6 +42,15 @@ def resolve(spec: Any) -> Scorer:
     from tlm_tracing.scorers._function import FunctionScorer
 
     return FunctionScorer(spec)
+
+
+def load(spec: Any) -> None:
+    """Import what the ``scorer`` setting needs, here and now.
+
+    A fork while another thread imports it would leave it locked for ever in the child.
+    """
+    kind = "hosted" if spec == "hosted" else "_function"
+    importlib.import_module(f"{__name__}.{kind}")
 
 
 def __getattr__(name: str) -> Any:
