@@ -433,7 +433,7 @@ def postgres_server(tmp_path_factory):
         yield server
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
+@pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.long)])
 def server(request):
     """A real server, on each back end; it runs when the test begins."""
     name = {"sqlite": "sqlite_server", "postgresql": "postgres_server"}[request.param]
@@ -482,6 +482,7 @@ def test_what_was_kept_goes_to_its_own_experiment(server, application):
     assert len(client.search_traces(locations=[experiment.experiment_id])) == 3
 
 
+@pytest.mark.long
 @on_sqlite
 def test_an_end_is_not_held_up_by_a_dead_server(server, application):
     old, new = veterans(application, server.uri), newcomers(application, server.uri, "by name")
@@ -615,9 +616,8 @@ def database(template, tmp_path):
     return path
 
 
-@pytest.mark.parametrize(
-    "since", ["of late", pytest.param("before the first call", marks=pytest.mark.long)]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("since", ["of late", "before the first call"])
 def test_nothing_is_lost_when_the_database_is_locked(since, database, application):
     uri = f"sqlite:///{database}"
     old = veterans(application, uri) if since == "of late" else []

@@ -57,6 +57,10 @@ class _Exporter(MlflowV3SpanExporter):
     MLflow's exporter objects become one of these: single inheritance, as for clients.
     """
 
+    def export(self, spans: Any) -> Any:
+        with _outbox.busy():  # it looks for IPython each time
+            return super().export(spans)
+
     def _should_log_async(self) -> bool:
         return False  # so that what is to be written comes here, not into MLflow's queue
 

@@ -15,7 +15,8 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 from tlm_tracing import _threads
@@ -32,7 +33,8 @@ _FLUSH = 30.0
 # Who has waited in vain for a store that does not answer does not wait again for a while.
 _PATIENCE = 5.0
 _IMPATIENT = 60.0
-# A write that is interrupted by a fork would leave the child's database locked.
+# A write during which the process forks would leave the child's database locked, an import
+# the module.
 _BEFORE_FORK = 2.0
 # At the end of the process: for all of it, and with a store that is away.
 _LAST_FLUSH = 10.0
@@ -80,7 +82,7 @@ class _Outbox:
         self._writers = 0
         self._idle = 0
         self._writing = 0
-        self._is_forking = False
+        self._forks = 0
         self._probing = False
         self._away_until = 0.0
         self._pause = _FIRST_PAUSE
@@ -130,9 +132,7 @@ class _Outbox:
                 self._failed(parcel, error)
             else:
                 self._succeeded(parcel, done)
-            with self.work:
-                self._writing -= 1
-                self.progress.notify_all()
+            self._rest()
 
     def _next(self) -> Parcel:
         with self.work:
@@ -141,7 +141,7 @@ class _Outbox:
                 while self._later and self._later[0][0] <= now:
                     self._due.append(heapq.heappop(self._later)[2])
                 may_probe = not self._probing and now >= self._away_until
-                if self._due and not self._is_forking and (may_probe or not self.is_away):
+                if self._due and not self._forks and (may_probe or not self.is_away):
                     self._probing = self.is_away
                     self._writing += 1
                     return self._due.popleft()
@@ -230,14 +230,29 @@ class _Outbox:
             self._said.add(key)
             _logger.warning(message)
 
+    @contextlib.contextmanager
+    def busy(self) -> Iterator[None]:
+        with self.work:
+            self.work.wait_for(lambda: not self._forks, _BEFORE_FORK)
+            self._writing += 1
+        try:
+            yield
+        finally:
+            self._rest()
+
+    def _rest(self) -> None:
+        with self.work:
+            self._writing -= 1
+            self.progress.notify_all()
+
     def fork(self) -> None:
         with self.work:
-            self._is_forking = True
+            self._forks += 1
             self.progress.wait_for(lambda: not self._writing, _BEFORE_FORK)
 
     def forked(self) -> None:
         with self.work:
-            self._is_forking = False
+            self._forks -= 1
             self.work.notify_all()
 
     def flush(self, timeout: float | None) -> bool:
@@ -269,6 +284,11 @@ def post(write: Write) -> Parcel:
     seconds although the store works, or when 10,000 others wait already.
     """
     return _outbox.post(write)
+
+
+def busy() -> AbstractContextManager[None]:
+    """Enter to do something during which the process must not fork."""
+    return _outbox.busy()
 
 
 def lose(why: str) -> None:
