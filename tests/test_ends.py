@@ -315,6 +315,7 @@ SET_BEFORE = "signal.signal(signal.SIGTERM, own)\nask(1)\n"
 SET_AFTER = "ask(1)\nsignal.signal(signal.SIGTERM, own)\n"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("beginning", one_short(SET_BEFORE, SET_AFTER), ids=["before", "after"])
 def test_a_handler_of_ones_own_is_not_touched_and_runs(beginning, start, sandbox, kept):
     sandbox.default("tlm", delay=0.5)
@@ -655,6 +656,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     # Where a worker does not inherit what is imported, its start takes seconds.
     ("method", "workers"),

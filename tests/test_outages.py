@@ -457,6 +457,7 @@ def test_nothing_is_lost_when_the_server_is_killed_and_restarted(server, applica
     assert_nothing_is_lost(old, server.uri)
 
 
+@pytest.mark.long
 @on_sqlite
 def test_nothing_is_lost_when_the_server_is_away_before_the_first_call(server, application):
     new = newcomers(application, server.uri)

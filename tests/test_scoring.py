@@ -190,27 +190,6 @@ def stored(experiment):
     return mlflow.search_traces(locations=[experiment], return_type="list")
 
 
-def test_scores_in_the_background_are_not_lost_at_exit(sandbox, store, experiment, application):
-    sandbox.default("tlm", delay=0.5)
-    done = run(application + "    tt.autolog(mode='background')\n    ask()", sandbox, store)
-    assert done.returncode == 0, done.stderr
-    assert "Traceback" not in done.stderr
-    (found,) = stored(experiment)
-    assert found.info.tags["trust_status"] == "scored"
-
-
-def test_an_exit_is_not_held_up_by_a_scorer_that_hangs(sandbox, store, experiment, application):
-    sandbox.default("tlm", hang=True)
-    started = time.monotonic()
-    done = run(application + "    tt.autolog(mode='background')\n    ask()", sandbox, store)
-    assert time.monotonic() - started < 30
-    assert done.returncode == 0, done.stderr
-    assert "Traceback" not in done.stderr
-    assert "destroyed" not in done.stderr
-    (found,) = stored(experiment)
-    assert found.data.spans[0].attributes["tlm.reason"] == "timeout"
-
-
 def test_nothing_is_said_at_exit_after_inline_calls(sandbox, store, experiment, application):
     done = run(application + "    tt.autolog()\n    ask()", sandbox, store)
     assert done.returncode == 0, done.stderr
@@ -291,22 +270,6 @@ def test_a_write_that_fails_is_tried_again(caplog):
     assert not fails
     assert tt.stats().dropped == before
     assert not [one for one in caplog.records if one.name == "tlm_tracing"]
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_a_forked_child_scores(sandbox, store, experiment, application):
-    code = """
-    import os, sys
-    tt.autolog()
-    assert tt.trust(ask()).score is not None
-    child = os.fork()
-    if not child:
-        score = tt.trust(ask()).score
-        os._exit(0 if score is not None else 1)
-    assert os.waitpid(child, 0)[1] == 0
-    """
-    done = run(application + code, sandbox, store)
-    assert done.returncode == 0, done.stderr
 
 
 def test_nothing_is_said_of_answers_that_are_held_until_the_exit(

@@ -379,7 +379,7 @@ def run(tmp_path, secrets, mode, **more):
     }
 
 
-@pytest.mark.parametrize("mode", ["inline", "background"])
+@pytest.mark.parametrize("mode", ["background", pytest.param("inline", marks=pytest.mark.long)])
 def test_none_of_all_secrets_is_in_the_store_the_log_or_the_scorers_requests(mode, tmp_path):
     secrets = plant()
     places = run(tmp_path, secrets, mode)
@@ -415,6 +415,7 @@ with Sandbox() as sandbox:
 """
 
 
+@pytest.mark.long
 def test_mlflows_password_is_not_told_when_its_server_is_away(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

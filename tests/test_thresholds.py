@@ -796,7 +796,9 @@ either_raw = pytest.mark.parametrize("asking", [ask_raw, ask_lazily], ids=["eage
 
 @every_answer
 @either_raw
-@pytest.mark.parametrize("fallback", ["I am not sure.", None, object()], ids=["text", "None", "object"])
+@pytest.mark.parametrize(
+    "fallback", ["I am not sure.", None, object()], ids=["text", "None", "object"]
+)
 def test_parsing_a_raw_response_gives_the_fallback(case, asking, fallback, trace, sandbox):
     low(on_low=lambda completion, trust: fallback)
     raw, parsed = asyncio.run(asking(case))
