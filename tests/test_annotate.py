@@ -188,7 +188,11 @@ def test_a_lower_score_without_explanation_takes_the_other_ones_away(sandbox, tr
     assert "explanation" not in found.info.tags
 
 
-@pytest.mark.parametrize("text", ["é" * 5000, "e\u0301" * 3000, "👩‍👩‍👧" * 1000, "a\x00b" * 3000])
+@pytest.mark.parametrize(
+    "text",
+    ["é" * 5000, "e\u0301" * 3000, "👩‍👩‍👧" * 1000, "a\x00b" * 3000],
+    ids=["accents", "combining", "joined", "nul"],
+)
 def test_a_long_explanation_is_cut_at_mlflows_limit_between_characters(text, sandbox, trace):
     result = {"trustworthiness_score": 0.5, "log": {"explanation": text}}
     ask(tt.wrap_openai(openai.OpenAI(), scorer=FakeScorer(result)))

@@ -97,6 +97,8 @@ class Application:
         self._process.stdin.flush()
 
     def send(self, number):
+        # Python's handlers wait for the end of a blocking call that was about to begin.
+        time.sleep(0.3)
         self._process.send_signal(number)
 
     def end(self):

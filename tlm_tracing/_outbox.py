@@ -102,8 +102,7 @@ class _Outbox:
             self.unwritten += 1
             self._due.append(parcel)
             self.work.notify()
-            if not self._idle and self._writers < _WRITERS:
-                self._start_writer()
+            self._start_another()
         return parcel
 
     def start(self) -> None:
@@ -116,6 +115,10 @@ class _Outbox:
             return
         if not parcel.written.wait(_PATIENCE):
             self._slow_until = time.monotonic() + _IMPATIENT
+
+    def _start_another(self) -> None:
+        if self._due and not self._idle and self._writers < _WRITERS:
+            self._start_writer()
 
     def _start_writer(self) -> None:
         # Python 3.12 starts no thread once the process is about to end.
@@ -144,7 +147,9 @@ class _Outbox:
                 if self._due and not self._forks and (may_probe or not self.is_away):
                     self._probing = self.is_away
                     self._writing += 1
-                    return self._due.popleft()
+                    parcel = self._due.popleft()
+                    self._start_another()
+                    return parcel
                 self._idle += 1
                 self.work.wait(self._time_to_next(now))
                 self._idle -= 1
