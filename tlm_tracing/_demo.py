@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import track
 
 from tlm_tracing._data import Trust
-from tlm_tracing.report import Line, table
+from tlm_tracing._report._table import Line, table
 
 EXPERIMENT = "tlm-tracing demo"
 MODEL = "gpt-4o"
