@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from typing import Any
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -65,7 +66,56 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--no-score", action="store_true", help="don't ask Cleanlab for a score")
     doctor.add_argument("--json", action="store_true", help="print one JSON object, for programs")
     doctor.set_defaults(run=_doctor)
+    _add_report(commands)
     return parser
+
+
+def _add_report(commands: Any) -> None:
+    report = commands.add_parser(
+        "report",
+        help="show the least trustworthy answers, in the terminal and as a page",
+        description="Shows the least trustworthy answers that MLflow has, and writes one HTML file "
+        "on these and all others that opens without a network.",
+    )
+    for option, name, metavar, told in (
+        (
+            "--experiment",
+            "experiment_names",
+            "NAME",
+            "an experiment by name; more than once for "
+            "several (default: the active one, as MLFLOW_EXPERIMENT_NAME names it)",
+        ),
+        (
+            "--experiment-id",
+            "experiment_ids",
+            "ID",
+            "an experiment by id; more than once for several",
+        ),
+    ):
+        report.add_argument(option, dest=name, action="append", metavar=metavar, help=told)
+    for option, name, metavar, told in (
+        (
+            "--filter",
+            "filter_string",
+            "FILTER",
+            "a filter of MLflow's, such as \"trace.status = 'OK'\"",
+        ),
+        ("--since", "since", "TIME", "the earliest time: how long ago (24h, 7d) or ISO 8601"),
+        ("--until", "until", "TIME", "the latest time"),
+        ("--html", "html", "FILE", "write the page to this file"),
+        ("--tracking-uri", "tracking_uri", "URI", "MLflow's store (default: the one in force)"),
+    ):
+        report.add_argument(option, dest=name, metavar=metavar, help=told)
+    report.add_argument(
+        "-n", type=int, default=20, metavar="N", help="how many answers to show (default: 20)"
+    )
+    report.add_argument(
+        "--threshold", type=float, metavar="SCORE", help="a score in [0, 1] to mark"
+    )
+    report.add_argument(
+        "--json", dest="as_json", action="store_true", help="print one JSON object, for programs"
+    )
+    report.set_defaults(run=_report)
 
 
 def _seconds(text: str) -> float:
@@ -94,3 +144,10 @@ def _doctor(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int
         as_json=options.json,
     )
     return _doctor.end(_doctor.status(found))
+
+
+def _report(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    from tlm_tracing import _report
+
+    asked = {key: value for key, value in vars(options).items() if key not in ("command", "run")}
+    return _report.run(**asked)

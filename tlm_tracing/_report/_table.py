@@ -10,6 +10,8 @@ from rich.text import Text
 
 from tlm_tracing._data import Trust
 
+COLOURS = {"low": "red", "middle": "yellow", "high": "green"}
+
 
 @dataclass(frozen=True)
 class Line:
@@ -50,7 +52,10 @@ def table(lines: Iterable[Line]) -> Table:
     return found
 
 
+def level(score: float) -> str:
+    """How a score is shown: as ``"low"``, ``"middle"`` or ``"high"``."""
+    return "low" if score < 0.5 else "middle" if score < 0.8 else "high"
+
+
 def _colour(score: float | None) -> str:
-    if score is None:
-        return "dim"
-    return "red" if score < 0.5 else "yellow" if score < 0.8 else "green"
+    return "dim" if score is None else COLOURS[level(score)]

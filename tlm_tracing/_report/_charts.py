@@ -1,0 +1,313 @@
+"""Charts: SVG that follows the page's colours and font, light or dark.
+
+Drawn by matplotlib's objects without pyplot, so that no figure and no setting of the user's is
+touched. Each colour here is a mark that stands for a variable of the page's style sheet.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from typing import TYPE_CHECKING, Any
+from xml.etree import ElementTree
+
+import matplotlib
+import matplotlib.dates
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+if TYPE_CHECKING:
+    from tlm_tracing._report._thresholds import Curve, Floats
+
+_INK, _SOFT, _GRID, _MAIN, _BAD, _MARK, _CARD = (f"#0{number}ec0{number}" for number in range(1, 8))
+_VARIABLES = {
+    _INK: "ink",
+    _SOFT: "soft",
+    _GRID: "grid",
+    _MAIN: "main",
+    _BAD: "bad",
+    _MARK: "mark",
+    _CARD: "card",
+}
+_DOTS_PER_INCH = 72  # so that a point is a pixel
+_WIDTH, _HEIGHT = 480, 260
+_BINS = 20
+_MOST_GROUPS = 12
+_LONGEST_NAME = 44
+_MOST_POINTS = 400
+_STEPS = (60, 300, 900, 3_600, 10_800, 21_600, 86_400, 604_800, 2_592_000, 31_536_000)
+_MOST_STEPS = 40
+_FONT = re.compile(r"font(?:-size)?: ([\d.]+)px(?: |; font-family: )[^;]+")
+_SETTINGS: Any = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "tlm_tracing",
+    "font.size": 12,
+    "axes.edgecolor": _GRID,
+    "axes.labelcolor": _SOFT,
+    "xtick.color": _GRID,
+    "ytick.color": _GRID,
+    "xtick.labelcolor": _SOFT,
+    "ytick.labelcolor": _SOFT,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.spines.left": False,
+    "ytick.major.size": 0,
+    "grid.color": _GRID,
+    "legend.frameon": False,
+    "legend.labelcolor": _SOFT,
+    "timezone": "UTC",
+}
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A drawing.
+
+    Attributes:
+        name: A word for it, unique on its page.
+        title: What it shows.
+        description: The same in words and numbers, for those who can't see it.
+        svg: An ``svg`` element.
+    """
+
+    name: str
+    title: str
+    description: str
+    svg: str
+
+
+def distribution(scores: Floats, is_wrong: Any, threshold: float | None) -> Chart:
+    """How many answers have which score.
+
+    Args:
+        scores: Every score.
+        is_wrong: The scores of wrong answers, as far as they are known.
+        threshold: Where to draw a line, if anywhere.
+    """
+
+    def draw(axes: Axes) -> None:
+        bins = list(np.linspace(0, 1, _BINS + 1))
+        axes.hist(scores, bins, color=_MAIN, rwidth=0.88, label="all answers")
+        if len(is_wrong):
+            axes.hist(is_wrong, bins, color=_BAD, rwidth=0.88, label="known to be wrong")
+            _legend(axes)
+        _mark(axes, threshold)
+        _score_axis(axes)
+        axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
+        axes.set_ylabel("answers")
+        axes.grid(axis="y")
+
+    low, middle, high = np.quantile(scores, (0.25, 0.5, 0.75))
+    told = (
+        f"{len(scores):,} answers. The median score is {middle:.2f}; half of the scores are "
+        f"between {low:.2f} and {high:.2f}."
+    )
+    return _chart("distribution", "Distribution of scores", told, draw)
+
+
+def over_time(scores: Floats, seconds: Floats, threshold: float | None) -> Chart | None:
+    """Median score over time; None if no time is known."""
+    is_known = np.isfinite(seconds)
+    scores, seconds = scores[is_known], seconds[is_known]
+    if not len(scores):
+        return None
+    starts, middles, lows, highs = _over_time(scores, seconds)
+
+    def draw(axes: Axes) -> None:
+        if len(scores) <= _MOST_POINTS:
+            axes.plot(_times(seconds), scores, ".", color=_MAIN, alpha=0.45, ms=6, mew=0)
+        times = _times(starts)
+        axes.fill_between(times, lows, highs, color=_MAIN, alpha=0.18, lw=0, label="middle half")
+        axes.plot(times, middles, color=_MAIN, lw=2, marker="o", ms=4, label="median")
+        if threshold is not None:
+            axes.axhline(threshold, color=_MARK, lw=1.5, ls=(0, (4, 3)))
+        axes.set_ylim(0, 1.02)
+        dates: Any = matplotlib.dates
+        locator = dates.AutoDateLocator(minticks=3, maxticks=6)
+        axes.xaxis.set_major_locator(locator)
+        axes.xaxis.set_major_formatter(dates.ConciseDateFormatter(locator))
+        axes.set_ylabel("score")
+        axes.set_xlabel("time (UTC)")
+        axes.grid(axis="y")
+        _legend(axes)
+
+    told = (
+        f"{len(scores):,} answers from {_day(seconds.min())} to {_day(seconds.max())}. The median "
+        f"score begins at {middles[0]:.2f} and ends at {middles[-1]:.2f}; it is lowest with "
+        f"{middles.min():.2f} and highest with {middles.max():.2f}."
+    )
+    return _chart("time", "Score over time", told, draw)
+
+
+def by_group(name: str, title: str, groups: dict[str | None, Floats]) -> Chart | None:
+    """A strip for each group, the lowest median first; None if no group has a name.
+
+    Args:
+        name: A word for the chart.
+        title: What it shows.
+        groups: The scores of each group; None stands for those that are in none.
+    """
+    if not any(groups):
+        return None
+    shown = _largest(groups)
+
+    def draw(axes: Axes) -> None:
+        for place, (label, scores) in enumerate(shown):
+            low, first, middle, third, high = np.quantile(scores, (0.1, 0.25, 0.5, 0.75, 0.9))
+            axes.plot([0, 1], [place, place], color=_GRID, lw=1, zorder=0)
+            axes.plot([low, high], [place, place], color=_MAIN, lw=3, alpha=0.35)
+            axes.plot([first, third], [place, place], color=_MAIN, lw=9, alpha=0.55)
+            axes.plot([middle], [place], "o", color=_MAIN, ms=10, mec=_CARD, mew=2)
+            _name(axes, 0, place, label, "left", _INK)
+            _name(axes, 1, place, f"{middle:.2f} of {len(scores):,}", "right", _SOFT)
+        _score_axis(axes)
+        axes.set_ylim(len(shown) - 0.5, -0.75)
+        axes.set_yticks([])
+
+    told = "; ".join(
+        f"{label}: median {np.median(scores):.2f} of {len(scores):,} answers"
+        for label, scores in shown
+    )
+    return _chart(name, title, f"{told}.", draw, height=70 + 46 * len(shown))
+
+
+def thresholds(curve: Curve, threshold: float | None) -> Chart:
+    """Precision, recall and the share of flagged answers over the threshold."""
+
+    def draw(axes: Axes) -> None:
+        at, precision, recall = curve.steps()
+        grid = np.linspace(0, 1, 201)
+        flagged = [curve.at(float(one)).flagged for one in grid]
+        axes.plot(at, precision, color=_BAD, lw=2, drawstyle="steps-pre", label="precision")
+        axes.plot(at, recall, color=_MAIN, lw=2, drawstyle="steps-pre", label="recall")
+        axes.plot(grid, flagged, color=_SOFT, lw=1.5, ls=(0, (1, 1.5)), label="flagged")
+        _mark(axes, threshold)
+        _score_axis(axes, "threshold")
+        axes.set_ylim(0, 1.02)
+        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        axes.grid(axis="y")
+        _legend(axes)
+
+    told = f"Precision and recall of {curve.count:,} answers, {curve.wrong:,} of which are wrong."
+    return _chart("thresholds", "Precision and recall over the threshold", told, draw)
+
+
+def _chart(
+    name: str, title: str, description: str, draw: Callable[[Axes], None], height: int = _HEIGHT
+) -> Chart:
+    with matplotlib.rc_context(), warnings.catch_warnings():
+        # Of letters that matplotlib's own font lacks: the page's will have them.
+        warnings.simplefilter("ignore")
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(_SETTINGS)
+        size = (_WIDTH / _DOTS_PER_INCH, height / _DOTS_PER_INCH)
+        figure = Figure(figsize=size, dpi=_DOTS_PER_INCH, layout="constrained")
+        draw(figure.subplots())
+        file = io.StringIO()
+        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+    svg = _inline(file.getvalue(), name, title, description)
+    return Chart(name, title, description, svg)
+
+
+def _inline(svg: str, name: str, title: str, description: str) -> str:
+    """What may stand in a page: its colours, its font, ids that are nobody else's."""
+    root = ElementTree.fromstring(svg)
+    for element in root.iter():
+        element.tag = element.tag.rpartition("}")[2]
+        element.attrib = {
+            key.rpartition("}")[2]: _of_page(key, value, name)
+            for key, value in element.attrib.items()
+        }
+    for wanted in ("metadata", "defs/style/.."):
+        for element in root.findall(wanted):
+            root.remove(element)
+    for place, (tag, text) in enumerate((("title", title), ("desc", description))):
+        label = ElementTree.Element(tag, id=f"{name}-{tag}")
+        label.text = text
+        root.insert(place, label)
+    root.attrib = {
+        "role": "img",
+        "aria-labelledby": f"{name}-title",
+        "aria-describedby": f"{name}-desc",
+        "viewBox": root.attrib["viewBox"],
+    }
+    return ElementTree.tostring(root, encoding="unicode")
+
+
+def _of_page(key: str, value: str, name: str) -> str:
+    if key == "id":
+        return f"{name}-{value}"
+    if key == "style":
+        value = _FONT.sub(r"font-size: \1px", value)
+    for colour, variable in _VARIABLES.items():
+        value = value.replace(colour, f"var(--{variable})")
+    return re.sub(r"^#|(?<=url\()#", f"#{name}-", value)
+
+
+def _score_axis(axes: Axes, label: str = "score") -> None:
+    axes.set_xlim(-0.01, 1.01)
+    axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "0.25", "0.5", "0.75", "1"])
+    axes.set_xlabel(label)
+
+
+def _mark(axes: Axes, threshold: float | None) -> None:
+    if threshold is not None:
+        axes.axvline(threshold, color=_MARK, lw=1.5, ls=(0, (4, 3)))
+
+
+def _legend(axes: Axes) -> None:
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0, fontsize=11)
+
+
+def _name(axes: Axes, x: float, y: float, text: str, side: Any, colour: str) -> None:
+    """A name above its strip. It is others' text: a dollar sign in it begins no formula."""
+    axes.annotate(
+        text,
+        (x, y),
+        (0, 12),
+        textcoords="offset points",
+        ha=side,
+        va="bottom",
+        color=colour,
+        parse_math=False,
+    )
+
+
+def _largest(groups: dict[str | None, Floats]) -> list[tuple[str, Floats]]:
+    """The largest groups and the rest as one, by median."""
+    ordered = sorted(groups.items(), key=lambda item: (item[0] is None, -len(item[1])))
+    shown = [(_short(name), scores) for name, scores in ordered[:_MOST_GROUPS]]
+    if rest := ordered[_MOST_GROUPS:]:
+        shown.append((f"{len(rest)} others", np.concatenate([scores for _, scores in rest])))
+    return sorted(shown, key=lambda item: float(np.median(item[1])))
+
+
+def _short(name: str | None) -> str:
+    if name is None:
+        return "unknown"
+    text = " ".join("".join(one if one.isprintable() else " " for one in name).split())
+    return text if len(text) <= _LONGEST_NAME else f"{text[: _LONGEST_NAME - 1]}…"
+
+
+def _over_time(scores: Floats, seconds: Floats) -> tuple[Floats, Floats, Floats, Floats]:
+    """Middles of equal steps of time; median and quartiles of each that has answers."""
+    span = float(seconds.max() - seconds.min())
+    step = next((one for one in _STEPS if span / one <= _MOST_STEPS), _STEPS[-1])
+    number = np.floor(seconds / step)
+    steps = np.unique(number)
+    quartiles = np.array([np.quantile(scores[number == one], (0.5, 0.25, 0.75)) for one in steps])
+    return (steps + 0.5) * step, quartiles[:, 0], quartiles[:, 1], quartiles[:, 2]
+
+
+def _times(seconds: Floats) -> Any:
+    return (seconds * 1000).astype("datetime64[ms]")
+
+
+def _day(seconds: float) -> str:
+    return f"{datetime.fromtimestamp(float(seconds), timezone.utc):%Y-%m-%d}"
