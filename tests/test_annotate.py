@@ -129,8 +129,8 @@ def trust_of(ids, score, explanation=None, **more):
 def test_a_score_reaches_a_stored_trace(sandbox, trace):
     ids = stored_trace()
     trust = trust_of(ids, 0.25, "why")
-    assert not _annotate.annotate_live(trust, model=None, preset=None)
-    assert _annotate.annotate_stored(trust, model=None, preset=None)
+    assert not _annotate.annotate_live(trust, _annotate.Notes())
+    assert _annotate.annotate_stored(trust, _annotate.Notes())
     found = trace()
     assert found.info.tags["trust_score"] == "0.2500"
     assert found.info.tags["explanation"] == "why"
@@ -142,14 +142,14 @@ def test_a_score_reaches_a_stored_trace(sandbox, trace):
 def test_scoring_a_stored_call_again_updates_and_never_duplicates(sandbox, trace):
     ids = stored_trace()
     for score in (0.8, 0.3):
-        assert _annotate.annotate_stored(trust_of(ids, score), model=None, preset=None)
+        assert _annotate.annotate_stored(trust_of(ids, score), _annotate.Notes())
     assert [assessment.value for assessment in trace().info.assessments] == [0.3]
 
 
 def test_a_trace_that_nobody_knows_is_not_annotated_yet():
     trust = trust_of(("tr-" + "0" * 32, "0" * 16), 0.5)
-    assert not _annotate.annotate_live(trust, model=None, preset=None)
-    assert not _annotate.annotate_stored(trust, model=None, preset=None)
+    assert not _annotate.annotate_live(trust, _annotate.Notes())
+    assert not _annotate.annotate_stored(trust, _annotate.Notes())
 
 
 def test_the_lowest_score_of_a_trace_wins_whatever_the_order(sandbox, trace):

@@ -14,6 +14,14 @@ if TYPE_CHECKING:
     from tlm_tracing._returned import trust
     from tlm_tracing._scoring import Stats, stats
     from tlm_tracing._span import TrustedSpan, trusted, trusted_span
+    from tlm_tracing._stored import (
+        Progress,
+        ScoredCall,
+        aiter_scores,
+        ascore_traces,
+        iter_scores,
+        score_traces,
+    )
     from tlm_tracing.exceptions import (
         ConfigurationError,
         ScoringError,
@@ -24,16 +32,22 @@ if TYPE_CHECKING:
 __all__ = [
     "Config",
     "ConfigurationError",
+    "Progress",
+    "ScoredCall",
     "ScoringError",
     "Stats",
     "TLMTracingError",
     "Trust",
     "TrustedSpan",
     "UntrustworthyResponseError",
+    "aiter_scores",
+    "ascore_traces",
     "autolog",
     "configure",
     "flush",
+    "iter_scores",
     "propagate",
+    "score_traces",
     "stats",
     "suppress",
     "trust",
@@ -58,6 +72,12 @@ _HOMES = {
     "TrustedSpan": "_span",
     "trusted": "_span",
     "trusted_span": "_span",
+    "Progress": "_stored",
+    "ScoredCall": "_stored",
+    "aiter_scores": "_stored",
+    "ascore_traces": "_stored",
+    "iter_scores": "_stored",
+    "score_traces": "_stored",
     "ConfigurationError": "exceptions",
     "ScoringError": "exceptions",
     "TLMTracingError": "exceptions",

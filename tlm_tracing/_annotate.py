@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import threading
 import unicodedata
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 from mlflow.entities import AssessmentSource, Feedback, TraceInfo
 from mlflow.exceptions import MlflowException
@@ -26,13 +27,26 @@ _TAG_LIMIT = 4096
 _stored_lock = threading.Lock()
 
 
-def annotate_live(trust: Trust, *, model: str | None, preset: str | None) -> bool:
+class Notes(NamedTuple):
+    """What an assessment tells beside the trust.
+
+    Attributes:
+        model: The LLM that the scorer used, if it said.
+        preset: The scorer's quality preset, if it has one.
+        llm_model: The LLM whose answer it is.
+    """
+
+    model: str | None = None
+    preset: str | None = None
+    llm_model: str | None = None
+
+
+def annotate_live(trust: Trust, notes: Notes) -> bool:
     """Write a trust on its trace while MLflow holds that in memory, open or ended.
 
     Args:
         trust: A settled trust with its trace and span ids.
-        model: The LLM that the scorer used, if it said.
-        preset: The scorer's quality preset, if it has one.
+        notes: What is told beside it.
 
     Returns:
         False if MLflow no longer holds the trace; then :func:`annotate_stored` is the way.
@@ -44,24 +58,21 @@ def annotate_live(trust: Trust, *, model: str | None, preset: str | None) -> boo
     with _live.held(trust.trace_id) as trace:
         if trace is None:
             return False
-        changes = _tags(trace.info.tags, trust)
+        changes = _changes(trace.info.tags, trust)
         _apply(trace.info.tags, changes)
         if trust.score is not None:
-            trace.info.assessments = _with(
-                trace.info.assessments, _assessment(trust, model, preset)
-            )
+            trace.info.assessments = _with(trace.info.assessments, assessment(trust, notes))
     return True
 
 
-def annotate_stored(trust: Trust, *, model: str | None, preset: str | None) -> bool:
+def annotate_stored(trust: Trust, notes: Notes) -> bool:
     """Write a trust on a trace in the store.
 
     Scoring the same call again updates its assessment and never duplicates it.
 
     Args:
         trust: A settled trust with its trace and span ids.
-        model: The LLM that the scorer used, if it said.
-        preset: The scorer's quality preset, if it has one.
+        notes: What is told beside it.
 
     Returns:
         False while the store does not have the whole trace yet; try again later.
@@ -77,13 +88,79 @@ def annotate_stored(trust: Trust, *, model: str | None, preset: str | None) -> b
         if info is None:
             return False
         if trust.score is not None:
-            _store_assessment(client, info, _assessment(trust, model, preset))
-        for key, value in _tags(info.tags, trust).items():
+            _store_assessment(client, info, assessment(trust, notes))
+        for key, value in _changes(info.tags, trust).items():
             if value is not None:
                 client.set_trace_tag(trust.trace_id, key, value)
             elif key in info.tags:
                 client.delete_trace_tag(trust.trace_id, key)
     return True
+
+
+def tags(trusts: Iterable[Trust]) -> dict[str, str | None]:
+    """A trace's tags, by the trust in each of its calls.
+
+    Args:
+        trusts: Settled ones.
+
+    Returns:
+        The tags; None for one that it must not have.
+    """
+    found: dict[str, str | None] = {SCORE_TAG: None, EXPLANATION_TAG: None}
+    for trust in trusts:
+        found |= _changes({key: tag for key, tag in found.items() if tag is not None}, trust)
+    return found
+
+
+def assessment(trust: Trust, notes: Notes) -> Feedback:
+    """The assessment that tells a trust; the same call and scorer always give it the same id.
+
+    Args:
+        trust: A scored one with its trace and span ids.
+        notes: What is told beside it.
+    """
+    source = trust.scorer or "unknown"
+    metadata = {
+        "mlflow.scorer.framework": "cleanlab-tlm" if notes.preset else "tlm-tracing",
+        "model": notes.model,
+        "preset": notes.preset,
+        "seconds": None if trust.seconds is None else f"{trust.seconds:.3f}",
+        "llm_model": notes.llm_model,
+    }
+    feedback = Feedback(
+        name=ASSESSMENT,
+        value=trust.score,
+        rationale=None if trust.explanation is None else fit(trust.explanation, 1 << 20),
+        source=AssessmentSource(source_type="LLM_JUDGE", source_id=source),
+        metadata={key: value for key, value in metadata.items() if value is not None},
+        trace_id=trust.trace_id,
+        span_id=trust.span_id,
+    )
+    feedback.assessment_id = _assessment_id(str(trust.trace_id), str(trust.span_id), source)
+    return feedback
+
+
+def assessed(info: TraceInfo, span_id: str) -> Trust | None:
+    """What an assessment of ours says of a call; None if there is none.
+
+    Args:
+        info: The trace.
+        span_id: The call's span.
+    """
+    for item in info.assessments or ():
+        source = item.source.source_id if item.source else ""
+        is_ours = item.assessment_id == _assessment_id(info.trace_id, span_id, str(source))
+        if is_ours and isinstance(item, Feedback) and isinstance(item.value, (int, float)):
+            seconds = (item.metadata or {}).get("seconds")
+            return Trust(
+                score=float(item.value),
+                explanation=item.rationale,
+                trace_id=info.trace_id,
+                span_id=span_id,
+                scorer=source,
+                seconds=None if seconds is None else float(seconds),
+            )
+    return None
 
 
 def read_trust(trace_id: str) -> Trust | None:
@@ -122,7 +199,7 @@ def fit(text: str, limit: int = _TAG_LIMIT) -> str:
     return text[:end] + "…"
 
 
-def _tags(present: dict[str, str], trust: Trust) -> dict[str, str | None]:
+def _changes(present: dict[str, str], trust: Trust) -> dict[str, str | None]:
     """What this call changes in its trace's tags: the lowest score wins; None deletes."""
     changes: dict[str, str | None] = {
         STATUS_TAG: _status(present.get(STATUS_TAG), trust.status),
@@ -146,30 +223,9 @@ def _apply(tags: dict[str, str], changes: dict[str, str | None]) -> None:
             tags[key] = value
 
 
-def _assessment(trust: Trust, model: str | None, preset: str | None) -> Feedback:
-    source = trust.scorer or "unknown"
-    metadata = {
-        "mlflow.scorer.framework": "cleanlab-tlm" if preset else "tlm-tracing",
-        "model": model,
-        "preset": preset,
-        "seconds": None if trust.seconds is None else f"{trust.seconds:.3f}",
-    }
-    feedback = Feedback(
-        name=ASSESSMENT,
-        value=trust.score,
-        rationale=None if trust.explanation is None else fit(trust.explanation, 1 << 20),
-        source=AssessmentSource(source_type="LLM_JUDGE", source_id=source),
-        metadata={key: value for key, value in metadata.items() if value is not None},
-        trace_id=trust.trace_id,
-        span_id=trust.span_id,
-    )
-    feedback.assessment_id = _assessment_id(trust, source)
-    return feedback
-
-
-def _assessment_id(trust: Trust, source: str) -> str:
+def _assessment_id(trace_id: str, span_id: str, source: str) -> str:
     """The same for the same call and scorer, so that a second score replaces the first."""
-    key = "\x1f".join((trust.trace_id or "", trust.span_id or "", ASSESSMENT, source))
+    key = "\x1f".join((trace_id, span_id, ASSESSMENT, source))
     return "a-" + hashlib.sha256(key.encode()).hexdigest()[:32]
 
 

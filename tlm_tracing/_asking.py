@@ -145,7 +145,7 @@ def _send(found: list[Exchange | Unscorable], config: Config) -> Future[Verdict]
 def _submit(exchange: Exchange, config: Config) -> Future[Verdict]:
     def send() -> Future[Verdict]:
         scorers.load(config.scorer)
-        find = functools.partial(_scorer, config)
+        find = functools.partial(scorer, config)
         return _scoring.submit(find, functools.partial(_ask, exchange), config)
 
     key = _key(exchange, config) if config.cache_size else None
@@ -176,13 +176,18 @@ def _lasting(answer: Any) -> Any:
     return [_lasting(item) for item in answer] if isinstance(answer, list) else answer
 
 
-async def _ask(exchange: Exchange, scorer: Scorer) -> Any:
+async def _ask(exchange: Exchange, asked: Scorer) -> Any:
     """Whatever the scorer itself calls is not the application's."""
     with _record.silenced(), _scope.suppression(True):
-        return await scorer.score(exchange)
+        return await asked.score(exchange)
 
 
-def _scorer(config: Config) -> Scorer:
+def scorer(config: Config) -> Scorer:
+    """The scorer that the settings mean; the same one for the same settings.
+
+    Raises:
+        ScoringError, ConfigurationError: If there is none, or it can't work as it is set.
+    """
     return _resolved(*_named(config))
 
 

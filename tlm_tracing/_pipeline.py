@@ -337,11 +337,16 @@ class Call:
         _scoring.count(trust)
         _telemetry.settled(trust, self._config, self.answer)
         remember(completion, self)
-        notes = {
-            "model": getattr(verdict.scorer, "model", None),
-            "preset": getattr(verdict.scorer, "preset", None),
-        }
+        notes = _annotate.Notes(
+            model=getattr(verdict.scorer, "model", None),
+            preset=getattr(verdict.scorer, "preset", None),
+            llm_model=self._model(),
+        )
         self._record.when_placed(functools.partial(_annotated, self._record.shown(trust), notes))
+
+    def _model(self) -> str | None:
+        answer = self.answer if isinstance(self.answer, Mapping) else {}
+        return answer.get("model") or self.request.get("model")
 
     def _close(self, answer: Any, action: str | None = None) -> None:
         if self.trust is not None:
@@ -468,11 +473,11 @@ def _placed(trust: Trust, record: _record.CallRecord) -> Trust:
     return replace(trust, trace_id=record.trace_id, span_id=record.span_id, choices=choices)
 
 
-def _annotated(trust: Trust, notes: Mapping[str, Any], trace_id: str, span_id: str) -> None:
+def _annotated(trust: Trust, notes: _annotate.Notes, trace_id: str, span_id: str) -> None:
     """Write a trust on its trace: at once in memory, else in the store as soon as it has it."""
     placed = replace(trust, trace_id=trace_id, span_id=span_id)
-    if not _annotate.annotate_live(placed, **notes):
-        _outbox.post(functools.partial(_annotate.annotate_stored, placed, **notes))
+    if not _annotate.annotate_live(placed, notes):
+        _outbox.post(functools.partial(_annotate.annotate_stored, placed, notes))
 
 
 @dataclass

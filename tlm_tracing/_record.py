@@ -7,7 +7,7 @@ import contextvars
 import functools
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeAlias
 
@@ -36,6 +36,9 @@ _NO_TOKENS = ("input_tokens", "output_tokens", "total_tokens")
 _PREVIEW = 1000
 _WORD = re.compile(r"[\w.\[\]-]{1,100}")
 _TRACEPARENT = re.compile("[0-9a-f]{2}-([0-9a-f]{32})-([0-9a-f]{16})-[0-9a-f]{2}")
+
+CONTENT = "tlm.content"
+"""What is recorded of a call in place of its texts: ``"shape"`` or ``"masked"``; else absent."""
 
 AnySpan: TypeAlias = LiveSpan | _ready.LaterSpan
 
@@ -151,7 +154,14 @@ class CallRecord(_Record):
                 self._span.set_attribute("tlm.threshold", config.threshold)
             # Tools from the request as it may be seen: their descriptions are content, too.
             tools = endpoint.tools(recorded) if isinstance(recorded, Mapping) else None
-            self._note({"mlflow.llm.provider": provider, "mlflow.llm.model": model, _TOOLS: tools})
+            self._note(
+                {
+                    "mlflow.llm.provider": provider,
+                    "mlflow.llm.model": model,
+                    _TOOLS: tools,
+                    CONTENT: _content(config),
+                }
+            )
         except BaseException:
             self.abandon()
             raise
@@ -206,10 +216,7 @@ class CallRecord(_Record):
             is_partial: Whether the prompt lacks turns that only OpenAI knows.
         """
         self._scoring = _start("tlm.trustworthiness", "EVALUATOR", self._span)
-        texts: dict[str, Any] = {"prompt": prompt, "response": responses[0]}
-        if len(responses) > 1:
-            texts["choices"] = responses
-        self._scoring.set_inputs(self._visible(texts))
+        self._scoring.set_inputs(self._visible(texts(prompt, responses)))
         if is_partial:
             self._scoring.set_attribute("tlm.prompt_is_partial", True)
 
@@ -224,13 +231,8 @@ class CallRecord(_Record):
         span = self._scoring
         if span is None:
             return
-        outputs = _told(trust)
-        if trust.choices:
-            outputs["choices"] = [_told(choice) for choice in trust.choices]
-        if trust.fields:
-            outputs["fields"] = {name: _told(field) for name, field in trust.fields.items()}
-        span.set_outputs(self._visible(outputs))
-        span.set_attributes(_trust_attributes(trust))
+        span.set_outputs(self._visible(told(trust)))
+        span.set_attributes(trust_attributes(trust))
         if is_cached:
             span.set_attribute("tlm.cached", True)
         if trust.status == "unscored":
@@ -258,7 +260,7 @@ class CallRecord(_Record):
             trust: The settled trust.
             action: What the threshold did.
         """
-        attributes = _trust_attributes(trust)
+        attributes = trust_attributes(trust)
         if action is not None:
             attributes["tlm.action"] = action
         if self._is_let_go:
@@ -427,17 +429,29 @@ def _active_span_has_ended() -> bool:
     return getattr(get_current_otel_span(), "end_time", None) is not None
 
 
-def _told(trust: Trust) -> dict[str, Any]:
+def texts(prompt: str, responses: Sequence[str]) -> dict[str, Any]:
+    """The texts as they are scored, as a scoring span's input tells them."""
+    inputs: dict[str, Any] = {"prompt": prompt, "response": responses[0]}
+    if len(responses) > 1:
+        inputs["choices"] = list(responses)
+    return inputs
+
+
+def told(trust: Trust) -> dict[str, Any]:
+    """A trust as a scoring span's output tells it."""
     outputs = {
         "trust_score": trust.score,
         "explanation": trust.explanation,
         "status": trust.status,
         "reason": trust.reason,
+        "choices": [told(choice) for choice in trust.choices] or None,
+        "fields": {name: told(one) for name, one in trust.fields.items()} if trust.fields else None,
     }
     return {key: value for key, value in outputs.items() if value is not None}
 
 
-def _trust_attributes(trust: Trust) -> dict[str, Any]:
+def trust_attributes(trust: Trust) -> dict[str, Any]:
+    """A trust as the attributes of a call's spans tell it."""
     attributes = {
         "tlm.trustworthiness_score": trust.score,
         "tlm.status": trust.status,
@@ -461,6 +475,12 @@ def _mark_failed(span: AnySpan, error: BaseException, see: Callable[[Any], Any])
         span.add_event(event("exception", attributes=told))
         span.set_attributes(_told_by_openai(error))
     _set_error(span, _named(error, see))
+
+
+def _content(config: Config) -> str | None:
+    if not config.capture_content:
+        return "shape"
+    return None if config.mask is None else "masked"
 
 
 def _told_by_openai(error: Exception) -> dict[str, Any]:

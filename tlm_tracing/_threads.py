@@ -10,13 +10,15 @@ import contextlib
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 _RETRY_EVERY = 0.25
 _KEEP_TRYING = 60.0
+
+T = TypeVar("T")
 
 
 def start(name: str, target: Callable[[], Any], *, daemon: bool = True) -> threading.Thread:
@@ -51,6 +53,16 @@ def start_loop() -> asyncio.AbstractEventLoop:
 
     start("loop", run)
     return loop
+
+
+def run(job: Coroutine[Any, Any, T]) -> T:
+    """Run a job on an event loop of its own, here, until it is over."""
+
+    async def with_daemon_threads() -> T:
+        asyncio.get_running_loop().set_default_executor(_DaemonThreads())
+        return await job
+
+    return asyncio.run(with_daemon_threads())
 
 
 class Chores:

@@ -189,7 +189,7 @@ def _write() -> str | None:
         span.set_outputs("This trace is to be deleted again.")
         if span.trace_id is not None:
             trust = dataclasses.replace(_TRUST, trace_id=span.trace_id)
-            _annotate.annotate_live(trust, model=None, preset=None)
+            _annotate.annotate_live(trust, _annotate.Notes())
     return span.trace_id
 
 
