@@ -36,10 +36,10 @@ _VARIABLES = {
     _CARD: "card",
 }
 _DOTS_PER_INCH = 72  # so that a point is a pixel
-_WIDTH, _HEIGHT = 480, 260
+_WIDTH, _HEIGHT = 410, 235
 _BINS = 20
 _MOST_GROUPS = 12
-_LONGEST_NAME = 44
+_LONGEST_NAME = 30
 _MOST_POINTS = 400
 _STEPS = (60, 300, 900, 3_600, 10_800, 21_600, 86_400, 604_800, 2_592_000, 31_536_000)
 _MOST_STEPS = 40
@@ -54,6 +54,7 @@ _SETTINGS: Any = {
     "ytick.color": _GRID,
     "xtick.labelcolor": _SOFT,
     "ytick.labelcolor": _SOFT,
+    "axes.axisbelow": True,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.spines.left": False,
@@ -105,7 +106,7 @@ def distribution(scores: Floats, is_wrong: Any, threshold: float | None) -> Char
 
     low, middle, high = np.quantile(scores, (0.25, 0.5, 0.75))
     told = (
-        f"{len(scores):,} answers. The median score is {middle:.2f}; half of the scores are "
+        f"{_count(scores)}. The median score is {middle:.2f}; half of the scores are "
         f"between {low:.2f} and {high:.2f}."
     )
     return _chart("distribution", "Distribution of scores", told, draw)
@@ -117,17 +118,19 @@ def over_time(scores: Floats, seconds: Floats, threshold: float | None) -> Chart
     scores, seconds = scores[is_known], seconds[is_known]
     if not len(scores):
         return None
-    starts, middles, lows, highs = _over_time(scores, seconds)
+    middle_times, middles, lows, highs = _over_time(scores, seconds)
 
     def draw(axes: Axes) -> None:
         if len(scores) <= _MOST_POINTS:
             axes.plot(_times(seconds), scores, ".", color=_MAIN, alpha=0.45, ms=6, mew=0)
-        times = _times(starts)
+        times = _times(middle_times)
         axes.fill_between(times, lows, highs, color=_MAIN, alpha=0.18, lw=0, label="middle half")
         axes.plot(times, middles, color=_MAIN, lw=2, marker="o", ms=4, label="median")
         if threshold is not None:
             axes.axhline(threshold, color=_MARK, lw=1.5, ls=(0, (4, 3)))
         axes.set_ylim(0, 1.02)
+        margin = max(30.0, 0.02 * float(seconds.max() - seconds.min()))
+        axes.set_xlim(*_times(np.array([seconds.min() - margin, seconds.max() + margin])))
         dates: Any = matplotlib.dates
         locator = dates.AutoDateLocator(minticks=3, maxticks=6)
         axes.xaxis.set_major_locator(locator)
@@ -138,7 +141,7 @@ def over_time(scores: Floats, seconds: Floats, threshold: float | None) -> Chart
         _legend(axes)
 
     told = (
-        f"{len(scores):,} answers from {_day(seconds.min())} to {_day(seconds.max())}. The median "
+        f"{_count(scores)} from {_day(seconds.min())} to {_day(seconds.max())}. The median "
         f"score begins at {middles[0]:.2f} and ends at {middles[-1]:.2f}; it is lowest with "
         f"{middles.min():.2f} and highest with {middles.max():.2f}."
     )
@@ -165,14 +168,13 @@ def by_group(name: str, title: str, groups: dict[str | None, Floats]) -> Chart |
             axes.plot([first, third], [place, place], color=_MAIN, lw=9, alpha=0.55)
             axes.plot([middle], [place], "o", color=_MAIN, ms=10, mec=_CARD, mew=2)
             _name(axes, 0, place, label, "left", _INK)
-            _name(axes, 1, place, f"{middle:.2f} of {len(scores):,}", "right", _SOFT)
+            _name(axes, 1, place, f"{middle:.2f}, {_count(scores)}", "right", _SOFT)
         _score_axis(axes)
         axes.set_ylim(len(shown) - 0.5, -0.75)
         axes.set_yticks([])
 
     told = "; ".join(
-        f"{label}: median {np.median(scores):.2f} of {len(scores):,} answers"
-        for label, scores in shown
+        f"{label}: median {np.median(scores):.2f}, {_count(scores)}" for label, scores in shown
     )
     return _chart(name, title, f"{told}.", draw, height=70 + 46 * len(shown))
 
@@ -288,6 +290,10 @@ def _largest(groups: dict[str | None, Floats]) -> list[tuple[str, Floats]]:
     return sorted(shown, key=lambda item: float(np.median(item[1])))
 
 
+def _count(scores: Floats) -> str:
+    return f"{len(scores):,} answer{'s' if len(scores) > 1 else ''}"
+
+
 def _short(name: str | None) -> str:
     if name is None:
         return "unknown"
@@ -296,13 +302,14 @@ def _short(name: str | None) -> str:
 
 
 def _over_time(scores: Floats, seconds: Floats) -> tuple[Floats, Floats, Floats, Floats]:
-    """Middles of equal steps of time; median and quartiles of each that has answers."""
+    """Median time, median score and quartiles of each step of time that has answers."""
     span = float(seconds.max() - seconds.min())
     step = next((one for one in _STEPS if span / one <= _MOST_STEPS), _STEPS[-1])
     number = np.floor(seconds / step)
-    steps = np.unique(number)
-    quartiles = np.array([np.quantile(scores[number == one], (0.5, 0.25, 0.75)) for one in steps])
-    return (steps + 0.5) * step, quartiles[:, 0], quartiles[:, 1], quartiles[:, 2]
+    parts = [number == one for one in np.unique(number)]
+    quartiles = np.array([np.quantile(scores[part], (0.5, 0.25, 0.75)) for part in parts])
+    times = np.array([np.median(seconds[part]) for part in parts])
+    return times, quartiles[:, 0], quartiles[:, 1], quartiles[:, 2]
 
 
 def _times(seconds: Floats) -> Any:

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from tlm_tracing._stored._search import Moment
 
 _MOST_NAMED = 10
+_EMPTY_FRAME = (
+    "There are no scores in the frame. Traces get theirs by tlm_tracing.score_traces(), or on the "
+    "command line by: tlm-tracing score"
+)
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,7 @@ def in_frame(scores: pandas.DataFrame, n: int, reference: str | None = None) -> 
     worst = answers.worst()
     if store.uri.startswith("http"):
         worst = store.located(worst)
-    return Found(answers, worst, store.uri, "The frame has no scores.")
+    return Found(answers, worst, store.uri, _EMPTY_FRAME)
 
 
 def lowest_in_store(

@@ -36,12 +36,12 @@ def overview(answers: Answers, threshold: float | None) -> dict[str, Any]:
         threshold: The threshold to mark; the suggested one by default, if there is one.
     """
     curve = answers.curve()
-    best = None if curve is None else curve.best()
+    best = None if curve is None else curve.suggested()
     mark = best.threshold if threshold is None and best is not None else threshold
     return {
         "figures": _figures(answers, curve, mark),
         "charts": _overview_charts(answers, mark),
-        "truth": None if curve is None else _truth(answers, curve, threshold, best),
+        "truth": None if curve is None else _truth(answers, curve, threshold, mark),
     }
 
 
@@ -100,7 +100,7 @@ def _figures(
         (f"Below {at:g}", percent(below / len(scores)), f"{below:,} answers"),
     ]
     if curve is not None:
-        note = f"{curve.wrong:,} of {curve.count:,} that are known"
+        note = f"{curve.wrong:,} of {curve.count:,} known"
         found.append(("Known to be wrong", percent(curve.wrong / curve.count), note))
     elif missing:
         found.append(("Without a score", f"{missing:,}", unscored(answers)))
@@ -119,36 +119,38 @@ def _overview_charts(answers: Answers, mark: float | None) -> list[_charts.Chart
 
 
 def _truth(
-    answers: Answers, curve: Curve, threshold: float | None, best: Point | None
+    answers: Answers, curve: Curve, threshold: float | None, mark: float | None
 ) -> dict[str, Any]:
     """What is said about thresholds where it is known which answers are right."""
     how = ", ".join(_HOW[key].format(f"{count:,}") for key, count in answers.how.most_common())
-    mark = best.threshold if threshold is None and best is not None else threshold
     found: dict[str, Any] = {
-        "known": f"Of {curve.count:,} answers it is known whether they are right: {how}. "
-        f"{curve.wrong:,} ({percent(curve.wrong / curve.count)}) are wrong.",
+        "known": f"It is known whether an answer is right for {curve.count:,} of "
+        f"{len(answers.scores):,}: {how}. Wrong are {curve.wrong:,} "
+        f"({percent(curve.wrong / curve.count)}).",
         "how": _IN_WORDS if answers.how["text"] else "",
-        "advice": _advice(curve, best),
+        "advice": _advice(curve),
         "chart": None,
     }
-    if curve.wrong:
+    if 0 < curve.wrong < curve.count:
         points = [curve.at(number / 100) for number in range(101)]
         found |= {
             "chart": _charts.thresholds(curve, mark),
-            "rows": _rows(curve, threshold, best),
+            "rows": _rows(curve, threshold),
             "points": [dataclasses.asdict(point) for point in points],
             "start": round(100 * (_USUAL if mark is None else mark)),
         }
     return found
 
 
-def _rows(curve: Curve, threshold: float | None, best: Point | None) -> list[dict[str, Any]]:
-    marks = dict.fromkeys(_ROWS, "")
-    if best is not None:
-        marks[best.threshold] = "suggested"
+def _rows(curve: Curve, threshold: float | None) -> list[dict[str, Any]]:
+    """The table's: tenths, and what is worth a mark."""
+    marks: dict[float, list[str]] = {at: [] for at in _ROWS}
+    for mark, point in (("best F1", curve.best_f1()), ("best split", curve.best_separation())):
+        if point is not None:
+            marks.setdefault(point.threshold, []).append(mark)
     if threshold is not None:
-        marks[threshold] = "yours" if marks.get(threshold) != "suggested" else "yours, suggested"
-    return [_row(curve.at(at), mark) for at, mark in sorted(marks.items())]
+        marks.setdefault(threshold, []).append("yours")
+    return [_row(curve.at(at), ", ".join(mark)) for at, mark in sorted(marks.items())]
 
 
 def _row(point: Point, mark: str) -> dict[str, Any]:
@@ -157,15 +159,21 @@ def _row(point: Point, mark: str) -> dict[str, Any]:
     return {"threshold": f"{point.threshold:.10g}", "mark": mark, "cells": cells}
 
 
-def _advice(curve: Curve, best: Point | None) -> str:
-    if best is None:
-        return "No threshold is suggested: that takes right answers and wrong ones."
-    ranking = curve.ranking() or 0.0
-    return (
-        f"Suggested is {best.threshold:g}, which has the best F1, {best.f1:.2f}, on these answers: "
-        f"it flags {percent(best.flagged)} of them, {percent(best.precision)} of the flagged are "
-        f"wrong, and {percent(best.recall)} of the wrong are flagged. F1 weighs both alike; "
-        "where a wrong answer costs more than a second look, take a higher threshold. Of a "
-        "wrong and a right answer, the wrong one has the lower score in "
-        f"{percent(ranking)} of the cases (the area under the ROC curve)."
-    )
+def _advice(curve: Curve) -> list[str]:
+    """Which threshold is suggested, why, and how far to trust that."""
+    best, f1, ranking = curve.suggested(), curve.best_f1(), curve.ranking()
+    if best is None or f1 is None or ranking is None:
+        return ["No threshold is suggested: that takes right answers as well as wrong ones."]
+    why = f"which has the best F1 ({best.f1:.2f}) on these answers"
+    if best != f1:
+        why = (
+            "which parts wrong from right best (the largest recall less the share of right answers "
+            f"flagged); the best F1, at {f1.threshold:g}, would flag {percent(f1.flagged)}"
+        )
+    return [
+        f"Suggested is {best.threshold:g}, {why}. It flags {percent(best.flagged)} of the answers; "
+        f"{percent(best.precision)} of the flagged are wrong, and {percent(best.recall)} of the "
+        "wrong are flagged. Where a wrong answer costs more than a second look, take a higher one.",
+        "How well the scores tell right from wrong: of a wrong and a right answer, the wrong one "
+        f"has the lower score in {percent(ranking)} of the cases (the area under the ROC curve).",
+    ]

@@ -44,7 +44,7 @@ def show(found: Found, threshold: float | None, page: str | None) -> None:
 def as_json(found: Found, threshold: float | None) -> dict[str, Any]:
     """The same for programs, as plain data."""
     scores, curve = found.answers.scores, found.answers.curve()
-    best = None if curve is None else curve.best()
+    best = None if curve is None else curve.suggested()
     at = None if curve is None or threshold is None else curve.at(threshold)
     rows = _row.frame(found.worst)
     rows["timestamp"] = [_said.iso(row.seconds) for row in found.worst]
@@ -98,10 +98,10 @@ def _summary(answers: Answers, threshold: float | None) -> list[str]:
         below = int((scores < threshold).sum())
         share = _said.percent(below / len(scores))
         found.append(f"{below:,} ({share}) are below {threshold:g}.")
-    if curve is not None and (best := curve.best()) is not None:
+    if curve is not None and (best := curve.suggested()) is not None:
         found.append(
-            f"Of {curve.count:,} it is known whether they are right. The threshold with the best "
-            f"F1 is {best.threshold:g}: precision {_said.percent(best.precision)}, recall "
-            f"{_said.percent(best.recall)}."
+            f"Of {curve.count:,} it is known whether they are right. A threshold of "
+            f"{best.threshold:g} would flag {_said.percent(best.flagged)} of them: precision "
+            f"{_said.percent(best.precision)}, recall {_said.percent(best.recall)}."
         )
     return found

@@ -14,6 +14,8 @@ import numpy as np
 if TYPE_CHECKING:
     Floats: TypeAlias = np.ndarray[Any, np.dtype[np.float64]]
 
+_NEARLY_ALL = 0.9
+
 
 @dataclass(frozen=True)
 class Point:
@@ -77,16 +79,33 @@ class Curve:
             missed=_share(self.wrong - wrong, kept),
         )
 
-    def best(self) -> Point | None:
+    def best_f1(self) -> Point | None:
         """The threshold with the best F1; None if there is nothing to choose between."""
-        if self.wrong in (0, self.count):
-            return None
         steps = self._steps()
-        f1 = 2 * self._wrong[steps] / (steps + self.wrong)
-        if not f1.any():
+        return self._best(2 * self._wrong[steps] / np.maximum(steps + self.wrong, 1))
+
+    def best_separation(self) -> Point | None:
+        """The threshold with the best recall less the share of right answers that it flags.
+
+        This is Youden's J. It does not depend on how many are wrong, as F1 does; None if there is
+        nothing to choose between.
+        """
+        steps = self._steps()
+        wrong, right = self._wrong[steps], steps - self._wrong[steps]
+        rest = self.count - self.wrong
+        return self._best(wrong / max(self.wrong, 1) - right / max(rest, 1))
+
+    def suggested(self) -> Point | None:
+        """The best F1, unless that flags nearly all, as it does where most answers are wrong."""
+        best = self.best_f1()
+        return self.best_separation() if best is not None and best.flagged > _NEARLY_ALL else best
+
+    def _best(self, quality: Floats) -> Point | None:
+        """The threshold of the step with the best quality; of equals, the lowest."""
+        if self.wrong in (0, self.count) or not (quality > 0).any():
             return None
-        step = int(steps[int(np.argmax(f1))])
-        below = float(self._scores[step - 1]) if step else 0.0
+        step = int(self._steps()[int(np.argmax(quality))])
+        below = float(self._scores[step - 1])
         above = float(self._scores[step]) if step < self.count else 1.0
         return self.at(_round_between(below, above))
 
