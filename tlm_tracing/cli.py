@@ -66,46 +66,138 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--no-score", action="store_true", help="don't ask Cleanlab for a score")
     doctor.add_argument("--json", action="store_true", help="print one JSON object, for programs")
     doctor.set_defaults(run=_doctor)
+    _add_score(commands)
     _add_report(commands)
+    _add_watch(commands)
     return parser
+
+
+def _searching() -> argparse.ArgumentParser:
+    """The options of those commands that search in MLflow."""
+    parser = argparse.ArgumentParser(add_help=False)
+    found = parser.add_argument_group("which traces")
+    found.add_argument(
+        "--experiment",
+        dest="experiment_names",
+        action="append",
+        metavar="NAME",
+        help="an experiment by name; more than once for several (default: the active one, as "
+        "MLFLOW_EXPERIMENT_NAME names it)",
+    )
+    found.add_argument(
+        "--experiment-id",
+        dest="experiment_ids",
+        action="append",
+        metavar="ID",
+        help="an experiment by id; more than once for several",
+    )
+    found.add_argument(
+        "--filter",
+        dest="filter_string",
+        metavar="FILTER",
+        help="a filter of MLflow's, such as \"trace.status = 'OK'\"",
+    )
+    found.add_argument(
+        "--since", metavar="TIME", help="the earliest time: how long ago (24h, 7d) or ISO 8601"
+    )
+    found.add_argument(
+        "--tracking-uri", metavar="URI", help="MLflow's store (default: the one in force)"
+    )
+    return parser
+
+
+def _scoring() -> argparse.ArgumentParser:
+    """The options of those commands that score."""
+    parser = argparse.ArgumentParser(add_help=False)
+    found = parser.add_argument_group("how to score")
+    found.add_argument(
+        "--max-scores-per-minute",
+        type=float,
+        metavar="N",
+        help="score no faster than that; the command waits",
+    )
+    found.add_argument(
+        "--max-concurrency", type=int, metavar="N", help="scores in flight at once (default: 32)"
+    )
+    found.add_argument(
+        "--sample-rate",
+        type=float,
+        metavar="SHARE",
+        help="score that share of the calls, in [0, 1]",
+    )
+    found.add_argument(
+        "--timeout", type=float, metavar="SECONDS", help="how long one score may take (default: 30)"
+    )
+    found.add_argument(
+        "--no-assessments",
+        dest="assessments",
+        action="store_false",
+        help="write tags and scoring spans only, which is about twice as fast",
+    )
+    found.add_argument(
+        "--shard",
+        metavar="K/N",
+        help="score only the K-th of N parts, for N workers at the same time, such as 3/8",
+    )
+    found.add_argument("--quiet", action="store_true", help="don't say how far it is")
+    return parser
+
+
+def _add_score(commands: Any) -> None:
+    score = commands.add_parser(
+        "score",
+        parents=[_searching(), _scoring()],
+        help="score traces that MLflow has stored",
+        description="Scores the LLM calls in stored traces, whoever recorded them, writes the "
+        "scores back and shows the least trustworthy. What has a score is left alone, so the same "
+        "command goes on where one was stopped. The exit status is 1 if something could not be "
+        "scored or written, 130 if it was stopped.",
+    )
+    score.add_argument("--until", metavar="TIME", help="the latest time")
+    score.add_argument(
+        "--limit", type=int, metavar="N", help="send something of at most N traces, the newest"
+    )
+    score.add_argument(
+        "--rescore", action="store_true", help="score what has a score, too, in its place"
+    )
+    score.add_argument(
+        "--dry-run", action="store_true", help="tell how much would be sent; send and write nothing"
+    )
+    score.add_argument(
+        "-n", type=int, default=10, metavar="N", help="how many answers to show (default: 10)"
+    )
+    score.add_argument("--json", action="store_true", help="print one JSON object, for programs")
+    score.set_defaults(run=_score)
+
+
+def _add_watch(commands: Any) -> None:
+    watch = commands.add_parser(
+        "watch",
+        parents=[_searching(), _scoring()],
+        help="score new traces as they arrive",
+        description="Scores new traces as they arrive, for applications that only record "
+        '(mode="off"). Ends at SIGTERM or Ctrl-C; what was sent by then is written.',
+    )
+    watch.add_argument(
+        "--interval",
+        type=_seconds,
+        default=5.0,
+        metavar="SECONDS",
+        help="how often to look (default: 5)",
+    )
+    watch.set_defaults(run=_watch, since="1h")
 
 
 def _add_report(commands: Any) -> None:
     report = commands.add_parser(
         "report",
+        parents=[_searching()],
         help="show the least trustworthy answers, in the terminal and as a page",
         description="Shows the least trustworthy answers that MLflow has, and writes one HTML file "
         "on these and all others that opens without a network.",
     )
-    for option, name, metavar, told in (
-        (
-            "--experiment",
-            "experiment_names",
-            "NAME",
-            "an experiment by name; more than once for "
-            "several (default: the active one, as MLFLOW_EXPERIMENT_NAME names it)",
-        ),
-        (
-            "--experiment-id",
-            "experiment_ids",
-            "ID",
-            "an experiment by id; more than once for several",
-        ),
-    ):
-        report.add_argument(option, dest=name, action="append", metavar=metavar, help=told)
-    for option, name, metavar, told in (
-        (
-            "--filter",
-            "filter_string",
-            "FILTER",
-            "a filter of MLflow's, such as \"trace.status = 'OK'\"",
-        ),
-        ("--since", "since", "TIME", "the earliest time: how long ago (24h, 7d) or ISO 8601"),
-        ("--until", "until", "TIME", "the latest time"),
-        ("--html", "html", "FILE", "write the page to this file"),
-        ("--tracking-uri", "tracking_uri", "URI", "MLflow's store (default: the one in force)"),
-    ):
-        report.add_argument(option, dest=name, metavar=metavar, help=told)
+    report.add_argument("--until", metavar="TIME", help="the latest time")
+    report.add_argument("--html", metavar="FILE", help="write the page to this file")
     report.add_argument(
         "-n", type=int, default=20, metavar="N", help="how many answers to show (default: 20)"
     )
@@ -144,6 +236,18 @@ def _doctor(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int
         as_json=options.json,
     )
     return _doctor.end(_doctor.status(found))
+
+
+def _score(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    from tlm_tracing._commands import _score
+
+    return _score.run(vars(options))
+
+
+def _watch(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    from tlm_tracing._commands import _watch
+
+    return _watch.run(vars(options))
 
 
 def _report(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:

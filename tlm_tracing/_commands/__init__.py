@@ -1,0 +1,1 @@
+"""The commands ``score`` and ``watch``: stored traces are scored from the shell."""
