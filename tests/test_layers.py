@@ -21,22 +21,26 @@ FLOORS = [
         "_scope",
         "_limits",
     }
-    | {"_patches", "_threads", "_visible", "_outbox", "_exporter", "_ready", "report", "testing"},
+    | {"_patches", "_threads", "_visible", "_outbox", "_exporter", "_ready", "_bulk", "testing"},
     {"_record", "_scoring", "scorers"},
     {"_asking", "_cache", "_telemetry", "_returned", "_pipeline", "_propagation", "_ends"},
-    {"_hook"},
-    {"_span", "openai", "_demo", "_doctor"},
+    {"_hook", "_stored"},
+    {"_span", "openai", "_report"},
+    {"_demo", "_doctor", "_commands"},
     {"cli", "__init__"},
 ]
 STEPS = {"_record", "_scoring", "scorers"}
 ROOMS = {
-    "mlflow": {"_live", "_exporter", "_ready", "_record", "_annotate", "_demo", "_doctor"},
-    "opentelemetry": {"_telemetry"},
+    "mlflow": {"_live", "_exporter", "_bulk", "_ready", "_record", "_annotate"}
+    | {"_stored", "_report", "_commands", "_demo", "_doctor"},
+    "opentelemetry": {"_telemetry", "_bulk"},
     "openai": {"_hook", "_streams", "_bodies", "_endpoints", "openai", "_demo", "_doctor"},
     "cleanlab_tlm": {"scorers"},
     "aiohttp": {"scorers", "testing"},
     "packaging": {"_doctor"},
-    "rich": {"report", "_demo", "_doctor"},
+    "pandas": {"_stored", "_report"},
+    "matplotlib": {"_report"},
+    "rich": {"_report", "_commands", "_demo", "_doctor"},
     "wrapt": {"_patches"},
     "pytest": {"testing"},
 }

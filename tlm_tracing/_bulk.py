@@ -200,13 +200,14 @@ class _Server:
         self._post(OTLP_TRACES_PATH, headers, data=request.SerializeToString())
 
     def assess(self, feedback: Feedback) -> None:
-        body = message_to_json(CreateAssessment(assessment=feedback.to_proto()))
+        told: Any = feedback.to_proto()  # type: ignore[no-untyped-call]
+        body = message_to_json(CreateAssessment(assessment=told))
         path = f"{_V3_TRACE_REST_API_PATH_PREFIX}/{feedback.trace_id}/assessments"
         self._post(path, {"Content-Type": "application/json"}, data=body)
 
     def _post(self, path: str, headers: dict[str, str], **body: Any) -> None:
         # Tried once: MLflow would try for minutes what can't succeed, an assessment that is there.
-        response = http_request(
+        response = http_request(  # type: ignore[no-untyped-call]
             host_creds=self._store.get_host_creds(),
             endpoint=path,
             method="POST",

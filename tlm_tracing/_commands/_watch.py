@@ -39,9 +39,8 @@ def run(options: Mapping[str, Any]) -> int:
         return 2
     tally = Tally(0)
     said.print(f"Watching. New traces are looked for every {options['interval']:g} s.")
-    with stoppable():
-        with contextlib.suppress(KeyboardInterrupt):
-            _watch(given, options["interval"], tally, said)
+    with stoppable(), contextlib.suppress(KeyboardInterrupt):
+        _watch(given, options["interval"], tally, said)
     said.print(f"Stopped. Scored {tally.scored:,} calls.")
     return 0
 
