@@ -47,7 +47,7 @@ def read(told: Told) -> Rebuilt | None:
     inputs, outputs = told.inputs, told.outputs
     if isinstance(inputs, list) and _are_messages(inputs):
         inputs = {"messages": inputs}
-    given = mapping(inputs)
+    given = {key: item for key, item in mapping(inputs).items() if not _is_not_given(item)}
     answered = outputs if isinstance(outputs, Mapping) else {}
     if "file" in given or ("data" in answered and "choices" not in answered):
         return None
@@ -129,13 +129,12 @@ def _response(told: Told, given: Mapping[str, Any]) -> Rebuilt:
     return Rebuilt(responses, request, answer)
 
 
-def _text_format(answer: Mapping[str, Any]) -> Any:
+def _text_format(answer: Mapping[str, Any]) -> dict[str, Any]:
     """The format of a parsed answer: of the request, only the name of its class is stored."""
-    text = mapping(answer.get("text") or {})
-    form = mapping(text.get("format") or {})
+    form = mapping(mapping(answer.get("text") or {}).get("format") or {})
     if "schema_" in form:
         form["schema"] = form.pop("schema_")
-    return {**text, "format": form}
+    return {"format": {key: value for key, value in form.items() if value is not None}}
 
 
 def _request(endpoint: Endpoint, told: Told, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -143,7 +142,6 @@ def _request(endpoint: Endpoint, told: Told, given: Mapping[str, Any]) -> dict[s
     body = {key: value for key, value in given.items() if key not in _TRANSPORT}
     extra = given.get("extra_body")
     body |= extra if isinstance(extra, Mapping) else {}
-    body = {key: value for key, value in body.items() if not _is_not_given(value)}
     if told.model:
         body.setdefault("model", told.model)
     return known(endpoint, body)
