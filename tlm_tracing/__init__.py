@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from tlm_tracing._hook import autolog, wrap_openai
     from tlm_tracing._pipeline import flush
     from tlm_tracing._propagation import propagate, suppress
+    from tlm_tracing._report import least_trustworthy, report
     from tlm_tracing._returned import trust
     from tlm_tracing._scoring import Stats, stats
     from tlm_tracing._span import TrustedSpan, trusted, trusted_span
@@ -46,7 +47,9 @@ __all__ = [
     "configure",
     "flush",
     "iter_scores",
+    "least_trustworthy",
     "propagate",
+    "report",
     "score_traces",
     "stats",
     "suppress",
@@ -72,6 +75,8 @@ _HOMES = {
     "TrustedSpan": "_span",
     "trusted": "_span",
     "trusted_span": "_span",
+    "least_trustworthy": "_report",
+    "report": "_report",
     "Progress": "_stored",
     "ScoredCall": "_stored",
     "aiter_scores": "_stored",
