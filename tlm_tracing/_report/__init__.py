@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import sys
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     import pandas
 
     from tlm_tracing._stored._search import Moment
+
+_NEEDED = ("jinja2", "matplotlib", "numpy", "pandas")
 
 __all__ = ["least_trustworthy", "report", "run"]
 
@@ -65,6 +68,7 @@ def report(
         ConfigurationError: If an argument can't be used; the message says what to do.
         OSError: If the page can't be written.
     """
+    _check_packages()
     from tlm_tracing._report import _find, _page, _row
 
     threshold, n = _find.checked(threshold), _find.positive(n)
@@ -106,6 +110,7 @@ def least_trustworthy(
     Raises:
         ConfigurationError: If an argument can't be used; the message says what to do.
     """
+    _check_packages()
     from tlm_tracing._report import _find, _row
 
     asked = (experiment_ids, experiment_names, filter_string, since, until)
@@ -142,14 +147,15 @@ def run(
     Returns:
         The exit status: 0, or 2 if the report can't be made as asked.
     """
-    from tlm_tracing._report import _find, _page, _terminal
-
-    if tracking_uri is not None:
-        import mlflow
-
-        mlflow.set_tracking_uri(tracking_uri)
     asked = (experiment_ids, experiment_names, filter_string, since, until)
     try:
+        _check_packages()
+        from tlm_tracing._report import _find, _page, _terminal
+
+        if tracking_uri is not None:
+            import mlflow
+
+            mlflow.set_tracking_uri(tracking_uri)
         threshold, n = _find.checked(threshold), _find.positive(n)
         found = _find.in_store(n, None, *asked)
         if html is not None:
@@ -162,3 +168,12 @@ def run(
     else:
         _terminal.show(found, threshold, html)
     return 0
+
+
+def _check_packages() -> None:
+    """Say what to do where there is mlflow-tracing alone."""
+    if missing := [name for name in _NEEDED if importlib.util.find_spec(name) is None]:
+        raise ConfigurationError(
+            f"Reports need {' and '.join(missing)}, which mlflow-tracing does without. Run: pip "
+            "install mlflow"
+        )

@@ -48,7 +48,7 @@ def overview(answers: Answers, threshold: float | None) -> dict[str, Any]:
 def subtitle(answers: Answers) -> str:
     """Which answers these are."""
     names = sorted(name for name in answers.by_experiment() if name)
-    where = f"Experiment {names[0]}" if len(names) == 1 else f"{len(names):,} experiments"
+    where = names[0] if len(names) == 1 else f"{len(names):,} experiments"
     times = answers.seconds[np.isfinite(answers.seconds)]
     parts = [where] if names else []
     if len(times):
