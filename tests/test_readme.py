@@ -3,10 +3,9 @@
 import dataclasses
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
+import fresh
 import openai
 import pytest
 
@@ -28,21 +27,14 @@ def environment(sandbox, store):
 def test_a_readme_snippet_runs(snippet, environment):
     if "client.responses" in snippet and not hasattr(openai.OpenAI, "responses"):
         pytest.skip("this openai has no Responses API")
-    done = subprocess.run(
-        [sys.executable, "-c", snippet], env=environment, capture_output=True, text=True
-    )
+    done = fresh.run(snippet, env=environment)
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_an_example_runs(name, environment):
-    done = subprocess.run(
-        [sys.executable, ROOT / "examples" / f"{name}.py", "--sandbox"],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
+    done = fresh.run(ROOT / "examples" / f"{name}.py", "--sandbox", env=environment)
     assert done.returncode == 0, done.stderr
     assert "score" in done.stdout or "trust" in done.stdout
 
@@ -55,13 +47,8 @@ def test_the_replay_compares_what_is_stored(environment, tmp_path):
             for n in range(7)
         )
     )
-    done = subprocess.run(
-        [sys.executable, ROOT / "examples" / "replay.py", rows],
-        env=environment,
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
+    replay = ROOT / "examples" / "replay.py"
+    done = fresh.run(replay, str(rows), env=environment, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "7 traces, 0 missing, 0 crossed, 0 without their three spans" in done.stdout
 

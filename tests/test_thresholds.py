@@ -4,13 +4,13 @@ import asyncio
 import contextlib
 import json
 import os
-import subprocess
 import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import fresh
 import openai
 import pytest
 
@@ -981,12 +981,7 @@ EXAMPLES = {
 @pytest.mark.parametrize(("name", "line"), EXAMPLES.items(), ids=EXAMPLES)
 def test_an_example_shows_what_becomes_of_a_low_answer(name, line, store):
     path = Path(__file__).parent.parent / "examples" / f"{name}.py"
-    done = subprocess.run(
-        [sys.executable, path, "--sandbox"],
-        env={**os.environ, "MLFLOW_TRACKING_URI": store},
-        capture_output=True,
-        text=True,
-    )
+    done = fresh.run(path, "--sandbox", env={**os.environ, "MLFLOW_TRACKING_URI": store})
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
     assert line in done.stdout
