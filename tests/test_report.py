@@ -5,6 +5,7 @@ import hashlib
 import html
 import json
 import re
+import socket
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
@@ -191,7 +192,7 @@ def test_the_page_has_all_of_it(ask, tmp_path):
         assert wanted in found.text
     for title in ("Distribution of scores", "Score over time", "By model", "By experiment"):
         assert title in found.text
-    assert "gpt-4o: median" in found.text
+    assert "gpt-4o-2024-08-06: median" in found.text
     assert "test_the_page_has_all_of_it" in found.text
     assert "1 without a score" in found.text
     assert "Choose a threshold" not in found.text
@@ -600,6 +601,19 @@ def test_the_command_says_what_is_wrong(arguments, wanted, capsys):
     said = capsys.readouterr()
     assert wanted in said.err
     assert "Traceback" not in said.err
+
+
+def test_without_a_server_the_command_says_so_soon(capsys):
+    """MLflow would try for minutes."""
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        uri = f"http://127.0.0.1:{nobody.getsockname()[1]}"
+        before = mlflow.get_tracking_uri()
+        try:
+            assert cli.main(["report", "--tracking-uri", uri, "--experiment", "any"]) == 2
+        finally:
+            mlflow.set_tracking_uri(before)
+    assert f"MLflow does not answer at {uri}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

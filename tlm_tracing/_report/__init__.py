@@ -7,13 +7,15 @@ import json
 import os
 import sys
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from tlm_tracing import _redacted
 from tlm_tracing.exceptions import ConfigurationError
 
 if TYPE_CHECKING:
     import pandas
 
+    from tlm_tracing._report._find import Found
     from tlm_tracing._stored._search import Moment
 
 _NEEDED = ("jinja2", "matplotlib", "numpy", "pandas")
@@ -66,7 +68,7 @@ def report(
 
     Raises:
         ConfigurationError: If an argument can't be used; the message says what to do.
-        OSError: If the page can't be written.
+        OSError: If the page can't be written, or MLflow's server does not answer.
     """
     _check_packages()
     from tlm_tracing._report import _find, _page, _row
@@ -109,6 +111,7 @@ def least_trustworthy(
 
     Raises:
         ConfigurationError: If an argument can't be used; the message says what to do.
+        ConnectionError: If MLflow's server does not answer.
     """
     _check_packages()
     from tlm_tracing._report import _find, _row
@@ -150,24 +153,37 @@ def run(
     asked = (experiment_ids, experiment_names, filter_string, since, until)
     try:
         _check_packages()
-        from tlm_tracing._report import _find, _page, _terminal
-
-        if tracking_uri is not None:
-            import mlflow
-
-            mlflow.set_tracking_uri(tracking_uri)
-        threshold, n = _find.checked(threshold), _find.positive(n)
-        found = _find.in_store(n, None, *asked)
-        if html is not None:
-            _page.write(html, found, threshold)
+        found = _found(n, threshold, html, tracking_uri, asked)
     except (ConfigurationError, OSError) as error:
         print(f"tlm-tracing report: {error}", file=sys.stderr)
         return 2
+    from tlm_tracing._report import _terminal
+
     if as_json:
         print(json.dumps(_terminal.as_json(found, threshold), indent=2))
     else:
         _terminal.show(found, threshold, html)
     return 0
+
+
+def _found(
+    n: int, threshold: float | None, html: str | None, tracking_uri: str | None, asked: Any
+) -> Found:
+    """What the command tells of, once it is on its page."""
+    import mlflow
+
+    from tlm_tracing._report import _find, _page
+
+    threshold, n = _find.checked(threshold), _find.positive(n)
+    if tracking_uri is not None:
+        mlflow.set_tracking_uri(tracking_uri)
+    try:
+        found = _find.in_store(n, None, *asked)
+    except mlflow.MlflowException as error:
+        raise ConfigurationError(f"MLflow says: {_redacted.said(error)}") from error
+    if html is not None:
+        _page.write(html, found, threshold)
+    return found
 
 
 def _check_packages() -> None:

@@ -52,8 +52,9 @@ def in_store(
     until: Moment = None,
 ) -> Found:
     """The answers in MLflow, arguments as for :func:`tlm_tracing.report`."""
-    asked = _search.query(experiment_ids, experiment_names, filter_string, since, until)
     store, answers = Store(reference), Answers(n)
+    store.reach()
+    asked = _search.query(experiment_ids, experiment_names, filter_string, since, until)
     for row in store.rows(asked):
         answers.add(row)
     empty = "" if len(answers.scores) else _empty(store, asked, answers)
@@ -80,8 +81,9 @@ def lowest_in_store(
     until: Moment = None,
 ) -> list[Row]:
     """The ``n`` lowest alone, which MLflow finds without reading all."""
-    asked = _search.query(experiment_ids, experiment_names, filter_string, since, until)
     store, answers = Store(), Answers(n)
+    store.reach()
+    asked = _search.query(experiment_ids, experiment_names, filter_string, since, until)
     for row in store.lowest(asked, n):
         answers.add(row)
     return store.whole(answers.worst())

@@ -13,7 +13,7 @@ from mlflow.entities import Assessment, Trace, TraceInfo
 from mlflow.exceptions import MlflowException
 from mlflow.tracing.client import TracingClient
 
-from tlm_tracing import _exporter
+from tlm_tracing import _exporter, _redacted
 from tlm_tracing._annotate import ASSESSMENT, EXPLANATION_TAG, SCORE_TAG, STATUS_TAG
 from tlm_tracing._report._row import UNSEEN, Row, to_score
 from tlm_tracing._report._truth import Claim, claim
@@ -22,6 +22,7 @@ from tlm_tracing._stored import _search
 _SCORING = "tlm.trustworthiness"
 _LLM_MODEL = "llm_model"
 _CUT = "..."
+_MOST_EXPERIMENTS = 1000
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,19 @@ class Store:
     def uri(self) -> str:
         """MLflow's tracking URI."""
         return str(self._client.tracking_uri)
+
+    def reach(self) -> None:
+        """Find out whether MLflow is there: it would try for minutes.
+
+        Raises:
+            ConnectionError: If nobody listens at the server's address.
+        """
+        try:
+            with _exporter.at_store(self._client):
+                pass
+        except OSError as error:
+            address = _redacted.address(self.uri)
+            raise ConnectionError(f"MLflow does not answer at {address}: {error}") from error
 
     def rows(self, asked: _search.Query) -> Iterator[Row]:
         """All calls of these traces, with texts as MLflow lists them.
@@ -111,10 +125,10 @@ class Store:
 
     def scored_experiments(self) -> list[str]:
         """Names of experiments in which there are scores; not of all, if there are many."""
-        everywhere = tuple(
-            str(one.experiment_id) for one in self._client.store.search_experiments()
+        everywhere = self._client.store.search_experiments(
+            max_results=_MOST_EXPERIMENTS, order_by=["last_update_time DESC"]
         )
-        asked = _search.Query(everywhere)
+        asked = _search.Query(tuple(str(one.experiment_id) for one in everywhere))
         found = _search.pages(
             self._client, asked, extra_filter=f"tag.{SCORE_TAG} IS NOT NULL", page=100
         )
