@@ -458,9 +458,10 @@ def test_the_suggested_threshold_has_the_best_f1():
     is_wrong = random.random(300) > scores + 0.2
     curve = Curve(scores, is_wrong)
     best = curve.suggested()
-    assert best.f1 == max(curve.at(one).f1 for one in [*scores, 1.0])
     assert best == curve.best_f1()
-    assert len(f"{best.threshold:g}") <= 6
+    thresholds = np.linspace(0, 1, 1001)
+    assert best.f1 == max(curve.at(one).f1 for one in thresholds)
+    assert len(f"{best.threshold:g}") <= 5
     split = curve.best_separation()
     right = ~is_wrong
 
@@ -468,7 +469,7 @@ def test_the_suggested_threshold_has_the_best_f1():
         flagged = scores < threshold
         return flagged[is_wrong].mean() - flagged[right].mean()
 
-    assert separation(split.threshold) == max(map(separation, [*scores, 1.0]))
+    assert separation(split.threshold) == max(map(separation, thresholds))
 
 
 def test_where_most_are_wrong_nearly_all_would_be_flagged():
@@ -493,6 +494,14 @@ def test_ranking_is_the_area_under_the_curve():
     """How often of a wrong and a right answer the wrong one has the lower score; ties are half."""
     curve = Curve(np.array([0.1, 0.5, 0.5, 0.9]), np.array([1, 1, 0, 0]))
     assert curve.ranking() == (1 + 1 + 0.5 + 1) / 4
+
+
+def test_a_suggestion_is_a_round_number():
+    """Where many thresholds do the same, the one in their middle."""
+    curve = Curve(np.array([0.21, 0.32, 0.88, 0.93]), np.array([1, 1, 0, 0]))
+    assert curve.suggested().threshold == 0.6
+    curve = Curve(np.array([0.9712, 0.9744, 0.9761]), np.array([1, 0, 0]))
+    assert curve.suggested().threshold == 0.973
 
 
 def test_your_threshold_is_marked(tmp_path):

@@ -20,7 +20,7 @@ import matplotlib.dates
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
 
 if TYPE_CHECKING:
     from tlm_tracing._report._thresholds import Curve, Floats
@@ -101,6 +101,7 @@ def distribution(scores: Floats, is_wrong: Any, threshold: float | None) -> Char
         _mark(axes, threshold)
         _score_axis(axes)
         axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
         axes.set_ylabel("answers")
         axes.grid(axis="y")
 

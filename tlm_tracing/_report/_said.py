@@ -75,6 +75,8 @@ def percent(share: float | None) -> str:
     """A share in [0, 1], with a decimal where it is small; a dash if there is none."""
     if share is None:
         return "—"
+    if 0 < share < 0.0005:
+        return "<0.1%"
     return f"{share:.1%}" if 0 < share < 0.0995 else f"{share:.0%}"
 
 

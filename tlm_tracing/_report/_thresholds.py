@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     Floats: TypeAlias = np.ndarray[Any, np.dtype[np.float64]]
 
 _NEARLY_ALL = 0.9
+# More decimals would tell of chance only.
+_GRID = np.arange(1, 1001) / 1000
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ class Curve:
 
     def at(self, threshold: float) -> Point:
         """What a threshold does."""
-        flagged = int(np.searchsorted(self._scores, threshold, side="left"))
+        flagged = int(self._flagged(np.array(threshold)))
         wrong, kept = int(self._wrong[flagged]), self.count - flagged
         return Point(
             threshold=threshold,
@@ -81,19 +83,19 @@ class Curve:
 
     def best_f1(self) -> Point | None:
         """The threshold with the best F1; None if there is nothing to choose between."""
-        steps = self._steps()
-        return self._best(2 * self._wrong[steps] / np.maximum(steps + self.wrong, 1))
+        flagged = self._flagged(_GRID)
+        return self._best(2 * self._wrong[flagged] / np.maximum(flagged + self.wrong, 1))
 
     def best_separation(self) -> Point | None:
-        """The threshold with the best recall less the share of right answers that it flags.
+        """The threshold with the largest recall less the share of right answers that it flags.
 
         This is Youden's J. It does not depend on how many are wrong, as F1 does; None if there is
         nothing to choose between.
         """
-        steps = self._steps()
-        wrong, right = self._wrong[steps], steps - self._wrong[steps]
-        rest = self.count - self.wrong
-        return self._best(wrong / max(self.wrong, 1) - right / max(rest, 1))
+        flagged = self._flagged(_GRID)
+        wrong = self._wrong[flagged]
+        right = self.count - self.wrong
+        return self._best(wrong / max(self.wrong, 1) - (flagged - wrong) / max(right, 1))
 
     def suggested(self) -> Point | None:
         """The best F1, unless that flags nearly all, as it does where most answers are wrong."""
@@ -101,22 +103,22 @@ class Curve:
         return self.best_separation() if best is not None and best.flagged > _NEARLY_ALL else best
 
     def _best(self, quality: Floats) -> Point | None:
-        """The threshold of the step with the best quality; of equals, the lowest."""
-        if self.wrong in (0, self.count) or not (quality > 0).any():
+        """The threshold in the middle of those with the best quality, as round as may be."""
+        if self.wrong in (0, self.count) or quality.max() <= 0:
             return None
-        step = int(self._steps()[int(np.argmax(quality))])
-        below = float(self._scores[step - 1])
-        above = float(self._scores[step]) if step < self.count else 1.0
-        return self.at(_round_between(below, above))
+        equals = np.flatnonzero(np.isclose(quality, quality.max(), rtol=0, atol=1e-12))
+        run = equals[: int(np.argmax(np.append(np.diff(equals), 2) > 1)) + 1]
+        low, high = float(_GRID[run[0]]), float(_GRID[run[-1]])
+        rounded = (round((low + high) / 2, digits) for digits in (1, 2, 3))
+        return self.at(next((one for one in rounded if low <= one <= high), low))
 
     def steps(self) -> tuple[Floats, Floats, Floats]:
         """Thresholds in [0, 1] at which something changes, with precision and recall there."""
-        steps = self._steps()
-        steps = steps[steps > 0]
-        precision = self._wrong[steps] / steps
-        recall = self._wrong[steps] / max(self.wrong, 1)
-        upper = np.append(self._scores, 1.0)[steps]
-        return upper, precision, recall
+        upper = np.unique(np.append(self._scores, 1.0))
+        flagged = self._flagged(upper)
+        upper, flagged = upper[flagged > 0], flagged[flagged > 0]
+        wrong = self._wrong[flagged]
+        return upper, wrong / flagged, wrong / max(self.wrong, 1)
 
     def ranking(self) -> float | None:
         """The chance that of a wrong and a right answer the wrong one has the lower score.
@@ -132,21 +134,10 @@ class Curve:
         level = np.searchsorted(good, bad, side="right") - np.searchsorted(good, bad, side="left")
         return float((above + level / 2).sum() / (right * self.wrong))
 
-    def _steps(self) -> Any:
-        """How many are flagged by one threshold after another: the same score, the same fate."""
-        inner = np.flatnonzero(np.diff(self._scores)) + 1
-        last = [self.count] if self._scores[-1] < 1 else []
-        return np.concatenate([[0] if self._scores[0] > 0 else [], inner, last]).astype("int64")
+    def _flagged(self, thresholds: Floats) -> Any:
+        """How many each threshold flags."""
+        return np.searchsorted(self._scores, thresholds, side="left")
 
 
 def _share(part: int, whole: int) -> float | None:
     return part / whole if whole else None
-
-
-def _round_between(below: float, above: float) -> float:
-    """The number with the fewest decimals that is above the one and not above the other."""
-    for digits in (2, 3, 4):
-        found = round((below + above) / 2, digits)
-        if below < found <= above:
-            return found
-    return above
