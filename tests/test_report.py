@@ -369,6 +369,28 @@ def test_what_is_said_of_a_trace_is_held_against_its_lowest_score(sandbox, tmp_p
     assert "No threshold is suggested" in text
 
 
+def test_what_is_said_of_a_call_is_held_against_its_own_score(sandbox, tmp_path):
+    """An expectation on a call's span is about that call's answer, not about the trace's."""
+    sandbox.answer("Who?", "He did.")
+    sandbox.answer("Why?", "Because.")
+    with tt.trusted_span("both", scorer=FakeScorer(0.7, 0.3)):
+        for question in ("Who?", "Why?"):
+            openai.OpenAI().chat.completions.create(
+                model="gpt-4o", messages=[{"role": "user", "content": question}]
+            )
+    assert tt.flush(30)
+    why, who = least_trustworthy().itertuples()
+    for call, value in ((who, "he"), (why, "for fun")):
+        mlflow.log_assessment(
+            call.trace_id,
+            mlflow.entities.Expectation(name="reference", value=value, span_id=call.span_id),
+        )
+    text = page(tmp_path).text
+    assert "right for 2 of 2" in text
+    assert "Wrong are 1 (50%)" in text
+    assert "Suggested is 0.5," in text
+
+
 def test_reference_names_the_expectation_that_is_meant(ask, tmp_path):
     """Of several expectations the named one counts."""
     trace_id = ask("Who?", "He did.", 0.1)

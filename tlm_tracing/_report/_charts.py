@@ -1,89 +1,29 @@
-"""Charts: SVG that follows the page's colours and font, light or dark.
-
-Drawn by matplotlib's objects without pyplot, so that no figure and no setting of the user's is
-touched. Each colour here is a mark that stands for a variable of the page's style sheet.
-"""
+"""Charts: what the page shows of many answers at once."""
 
 from __future__ import annotations
 
-import io
-import re
-import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
-from xml.etree import ElementTree
 
-import matplotlib
 import matplotlib.dates
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
+
+from tlm_tracing._report import _svg
 
 if TYPE_CHECKING:
     from tlm_tracing._report._thresholds import Curve, Floats
 
-_INK, _SOFT, _GRID, _MAIN, _BAD, _MARK, _CARD = (f"#0{number}ec0{number}" for number in range(1, 8))
-_VARIABLES = {
-    _INK: "ink",
-    _SOFT: "soft",
-    _GRID: "grid",
-    _MAIN: "main",
-    _BAD: "bad",
-    _MARK: "mark",
-    _CARD: "card",
-}
-_DOTS_PER_INCH = 72  # so that a point is a pixel
-_WIDTH, _HEIGHT = 410, 235
 _BINS = 20
 _MOST_GROUPS = 12
 _LONGEST_NAME = 30
 _MOST_POINTS = 400
 _STEPS = (60, 300, 900, 3_600, 10_800, 21_600, 86_400, 604_800, 2_592_000, 31_536_000)
 _MOST_STEPS = 40
-_FONT = re.compile(r"font(?:-size)?: ([\d.]+)px(?: |; font-family: )[^;]+")
-_SETTINGS: Any = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "tlm_tracing",
-    "font.size": 12,
-    "axes.edgecolor": _GRID,
-    "axes.labelcolor": _SOFT,
-    "xtick.color": _GRID,
-    "ytick.color": _GRID,
-    "xtick.labelcolor": _SOFT,
-    "ytick.labelcolor": _SOFT,
-    "axes.axisbelow": True,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.spines.left": False,
-    "ytick.major.size": 0,
-    "grid.color": _GRID,
-    "legend.frameon": False,
-    "legend.labelcolor": _SOFT,
-    "timezone": "UTC",
-}
 
 
-@dataclass(frozen=True)
-class Chart:
-    """A drawing.
-
-    Attributes:
-        name: A word for it, unique on its page.
-        title: What it shows.
-        description: The same in words and numbers, for those who can't see it.
-        svg: An ``svg`` element.
-    """
-
-    name: str
-    title: str
-    description: str
-    svg: str
-
-
-def distribution(scores: Floats, is_wrong: Any, threshold: float | None) -> Chart:
+def distribution(scores: Floats, is_wrong: Any, threshold: float | None) -> _svg.Chart:
     """How many answers have which score.
 
     Args:
@@ -94,9 +34,9 @@ def distribution(scores: Floats, is_wrong: Any, threshold: float | None) -> Char
 
     def draw(axes: Axes) -> None:
         bins = list(np.linspace(0, 1, _BINS + 1))
-        axes.hist(scores, bins, color=_MAIN, rwidth=0.88, label="all answers")
+        axes.hist(scores, bins, color=_svg.MAIN, rwidth=0.88, label="all answers")
         if len(is_wrong):
-            axes.hist(is_wrong, bins, color=_BAD, rwidth=0.88, label="known to be wrong")
+            axes.hist(is_wrong, bins, color=_svg.BAD, rwidth=0.88, label="known to be wrong")
             _legend(axes)
         _mark(axes, threshold)
         _score_axis(axes)
@@ -110,10 +50,10 @@ def distribution(scores: Floats, is_wrong: Any, threshold: float | None) -> Char
         f"{_count(scores)}. The median score is {middle:.2f}; half of the scores are "
         f"between {low:.2f} and {high:.2f}."
     )
-    return _chart("distribution", "Distribution of scores", told, draw)
+    return _svg.chart("distribution", "Distribution of scores", told, draw)
 
 
-def over_time(scores: Floats, seconds: Floats, threshold: float | None) -> Chart | None:
+def over_time(scores: Floats, seconds: Floats, threshold: float | None) -> _svg.Chart | None:
     """Median score over time; None if no time is known."""
     is_known = np.isfinite(seconds)
     scores, seconds = scores[is_known], seconds[is_known]
@@ -123,12 +63,14 @@ def over_time(scores: Floats, seconds: Floats, threshold: float | None) -> Chart
 
     def draw(axes: Axes) -> None:
         if len(scores) <= _MOST_POINTS:
-            axes.plot(_times(seconds), scores, ".", color=_MAIN, alpha=0.45, ms=6, mew=0)
+            axes.plot(_times(seconds), scores, ".", color=_svg.MAIN, alpha=0.45, ms=6, mew=0)
         times = _times(middle_times)
-        axes.fill_between(times, lows, highs, color=_MAIN, alpha=0.18, lw=0, label="middle half")
-        axes.plot(times, middles, color=_MAIN, lw=2, marker="o", ms=4, label="median")
+        axes.fill_between(
+            times, lows, highs, color=_svg.MAIN, alpha=0.18, lw=0, label="middle half"
+        )
+        axes.plot(times, middles, color=_svg.MAIN, lw=2, marker="o", ms=4, label="median")
         if threshold is not None:
-            axes.axhline(threshold, color=_MARK, lw=1.5, ls=(0, (4, 3)))
+            axes.axhline(threshold, color=_svg.MARK, lw=1.5, ls=(0, (4, 3)))
         axes.set_ylim(0, 1.02)
         margin = max(30.0, 0.02 * float(seconds.max() - seconds.min()))
         axes.set_xlim(*_times(np.array([seconds.min() - margin, seconds.max() + margin])))
@@ -146,10 +88,10 @@ def over_time(scores: Floats, seconds: Floats, threshold: float | None) -> Chart
         f"score begins at {middles[0]:.2f} and ends at {middles[-1]:.2f}; it is lowest with "
         f"{middles.min():.2f} and highest with {middles.max():.2f}."
     )
-    return _chart("time", "Score over time", told, draw)
+    return _svg.chart("time", "Score over time", told, draw)
 
 
-def by_group(name: str, title: str, groups: dict[str | None, Floats]) -> Chart | None:
+def by_group(name: str, title: str, groups: dict[str | None, Floats]) -> _svg.Chart | None:
     """A strip for each group, the lowest median first; None if no group has a name.
 
     Args:
@@ -164,12 +106,12 @@ def by_group(name: str, title: str, groups: dict[str | None, Floats]) -> Chart |
     def draw(axes: Axes) -> None:
         for place, (label, scores) in enumerate(shown):
             low, first, middle, third, high = np.quantile(scores, (0.1, 0.25, 0.5, 0.75, 0.9))
-            axes.plot([0, 1], [place, place], color=_GRID, lw=1, zorder=0)
-            axes.plot([low, high], [place, place], color=_MAIN, lw=3, alpha=0.35)
-            axes.plot([first, third], [place, place], color=_MAIN, lw=9, alpha=0.55)
-            axes.plot([middle], [place], "o", color=_MAIN, ms=10, mec=_CARD, mew=2)
-            _name(axes, 0, place, label, "left", _INK)
-            _name(axes, 1, place, f"{middle:.2f}, {_count(scores)}", "right", _SOFT)
+            axes.plot([0, 1], [place, place], color=_svg.GRID, lw=1, zorder=0)
+            axes.plot([low, high], [place, place], color=_svg.MAIN, lw=3, alpha=0.35)
+            axes.plot([first, third], [place, place], color=_svg.MAIN, lw=9, alpha=0.55)
+            axes.plot([middle], [place], "o", color=_svg.MAIN, ms=10, mec=_svg.CARD, mew=2)
+            _name(axes, 0, place, label, "left", _svg.INK)
+            _name(axes, 1, place, f"{middle:.2f}, {_count(scores)}", "right", _svg.SOFT)
         _score_axis(axes)
         axes.set_ylim(len(shown) - 0.5, -0.75)
         axes.set_yticks([])
@@ -177,19 +119,19 @@ def by_group(name: str, title: str, groups: dict[str | None, Floats]) -> Chart |
     told = "; ".join(
         f"{label}: median {np.median(scores):.2f}, {_count(scores)}" for label, scores in shown
     )
-    return _chart(name, title, f"{told}.", draw, height=70 + 46 * len(shown))
+    return _svg.chart(name, title, f"{told}.", draw, height=70 + 46 * len(shown))
 
 
-def thresholds(curve: Curve, threshold: float | None) -> Chart:
+def thresholds(curve: Curve, threshold: float | None) -> _svg.Chart:
     """Precision, recall and the share of flagged answers over the threshold."""
 
     def draw(axes: Axes) -> None:
         at, precision, recall = curve.steps()
         grid = np.linspace(0, 1, 201)
         flagged = [curve.at(float(one)).flagged for one in grid]
-        axes.plot(at, precision, color=_BAD, lw=2, drawstyle="steps-pre", label="precision")
-        axes.plot(at, recall, color=_MAIN, lw=2, drawstyle="steps-pre", label="recall")
-        axes.plot(grid, flagged, color=_SOFT, lw=1.5, ls=(0, (1, 1.5)), label="flagged")
+        axes.plot(at, precision, color=_svg.BAD, lw=2, drawstyle="steps-pre", label="precision")
+        axes.plot(at, recall, color=_svg.MAIN, lw=2, drawstyle="steps-pre", label="recall")
+        axes.plot(grid, flagged, color=_svg.SOFT, lw=1.5, ls=(0, (1, 1.5)), label="flagged")
         _mark(axes, threshold)
         _score_axis(axes, "threshold")
         axes.set_ylim(0, 1.02)
@@ -198,59 +140,7 @@ def thresholds(curve: Curve, threshold: float | None) -> Chart:
         _legend(axes)
 
     told = f"Precision and recall of {curve.count:,} answers, {curve.wrong:,} of which are wrong."
-    return _chart("thresholds", "Precision and recall over the threshold", told, draw)
-
-
-def _chart(
-    name: str, title: str, description: str, draw: Callable[[Axes], None], height: int = _HEIGHT
-) -> Chart:
-    with matplotlib.rc_context(), warnings.catch_warnings():
-        # Of letters that matplotlib's own font lacks: the page's will have them.
-        warnings.simplefilter("ignore")
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update(_SETTINGS)
-        size = (_WIDTH / _DOTS_PER_INCH, height / _DOTS_PER_INCH)
-        figure = Figure(figsize=size, dpi=_DOTS_PER_INCH, layout="constrained")
-        draw(figure.subplots())
-        file = io.StringIO()
-        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
-    svg = _inline(file.getvalue(), name, title, description)
-    return Chart(name, title, description, svg)
-
-
-def _inline(svg: str, name: str, title: str, description: str) -> str:
-    """What may stand in a page: its colours, its font, ids that are nobody else's."""
-    root = ElementTree.fromstring(svg)
-    for element in root.iter():
-        element.tag = element.tag.rpartition("}")[2]
-        element.attrib = {
-            key.rpartition("}")[2]: _of_page(key, value, name)
-            for key, value in element.attrib.items()
-        }
-    for wanted in ("metadata", "defs/style/.."):
-        for element in root.findall(wanted):
-            root.remove(element)
-    for place, (tag, text) in enumerate((("title", title), ("desc", description))):
-        label = ElementTree.Element(tag, id=f"{name}-{tag}")
-        label.text = text
-        root.insert(place, label)
-    root.attrib = {
-        "role": "img",
-        "aria-labelledby": f"{name}-title",
-        "aria-describedby": f"{name}-desc",
-        "viewBox": root.attrib["viewBox"],
-    }
-    return ElementTree.tostring(root, encoding="unicode")
-
-
-def _of_page(key: str, value: str, name: str) -> str:
-    if key == "id":
-        return f"{name}-{value}"
-    if key == "style":
-        value = _FONT.sub(r"font-size: \1px", value)
-    for colour, variable in _VARIABLES.items():
-        value = value.replace(colour, f"var(--{variable})")
-    return re.sub(r"^#|(?<=url\()#", f"#{name}-", value)
+    return _svg.chart("thresholds", "Precision and recall over the threshold", told, draw)
 
 
 def _score_axis(axes: Axes, label: str = "score") -> None:
@@ -261,7 +151,7 @@ def _score_axis(axes: Axes, label: str = "score") -> None:
 
 def _mark(axes: Axes, threshold: float | None) -> None:
     if threshold is not None:
-        axes.axvline(threshold, color=_MARK, lw=1.5, ls=(0, (4, 3)))
+        axes.axvline(threshold, color=_svg.MARK, lw=1.5, ls=(0, (4, 3)))
 
 
 def _legend(axes: Axes) -> None:

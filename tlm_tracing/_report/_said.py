@@ -12,6 +12,7 @@ from tlm_tracing._report import _charts
 
 if TYPE_CHECKING:
     from tlm_tracing._report._answers import Answers
+    from tlm_tracing._report._svg import Chart
     from tlm_tracing._report._thresholds import Curve, Point
 
 _USUAL = 0.5
@@ -109,7 +110,7 @@ def _figures(
     return found
 
 
-def _overview_charts(answers: Answers, mark: float | None) -> list[_charts.Chart]:
+def _overview_charts(answers: Answers, mark: float | None) -> list[Chart]:
     scores, is_wrong = answers.verdicts()
     found = (
         _charts.distribution(answers.scores, scores[is_wrong], mark),
