@@ -117,7 +117,8 @@ def _read(message: Mapping[str, Any]) -> tuple[list[dict[str, Any]], list[dict[s
 def _kept_calls(message: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Tool calls as OpenAI has given them."""
     more = mapping(message.get("additional_kwargs") or {})
-    calls = mappings(more.get("tool_calls") or [])
-    if not all(isinstance(call.get("function"), Mapping) for call in calls):
-        reject()
+    calls = []
+    for call in mappings(more.get("tool_calls") or []):
+        told = mapping(call.get("function"))
+        calls.append(tool_call(call.get("id"), told.get("name"), told.get("arguments")))
     return calls

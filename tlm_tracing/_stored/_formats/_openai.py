@@ -24,6 +24,8 @@ NAMES = frozenset({"openai", "groq", "mistral", "litellm"})
 
 _TRANSPORT = frozenset({"extra_headers", "extra_query", "extra_body", "timeout"})
 _THOUGHTS = frozenset({"thinking", "reasoning"})
+# Of a call through LiteLLM, which puts streams together faithfully.
+_LITELLM = "litellm_call_id"
 # What is stored of a parameter that was not given.
 _NOT_GIVEN = re.compile(r"NOT_GIVEN|<openai\.[\w.]+ object at 0x[0-9a-f]+>")
 
@@ -67,7 +69,7 @@ def _chat(told: Told, given: Mapping[str, Any]) -> Rebuilt:
         mappings(request.get(name) or [])
     if not isinstance(request.get("response_format"), Mapping):
         request.pop("response_format", None)
-    if request.get("stream") is True:
+    if request.get("stream") is True and not told.attribute(_LITELLM):
         return Rebuilt(chat, request, _streamed.completion(told, request))
     return Rebuilt(chat, request, _completed(told, request))
 

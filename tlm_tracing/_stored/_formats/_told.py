@@ -119,9 +119,15 @@ def text_part(text: Any) -> dict[str, Any]:
 
 
 def tool_call(call_id: Any, name: Any, arguments: Any) -> dict[str, Any]:
-    """A call of a function; arguments may be text or data."""
+    """A call of a function; arguments may be text or data.
+
+    Raises:
+        Unscorable: If it has no name, as pieces of a call have none.
+    """
+    if not isinstance(name, str) or not name:
+        reject()
     written = arguments if isinstance(arguments, str) else json.dumps(arguments or {})
-    told = {"name": str(name), "arguments": written}
+    told = {"name": name, "arguments": written}
     return {"id": call_id or name, "type": "function", "function": told}
 
 
