@@ -79,7 +79,7 @@ class Plan:
     def _chunks_of_given(self, given: tuple[Trace | str, ...]) -> Iterator[list[Trace | TraceInfo]]:
         for start in range(0, len(given), _search.BATCH):
             some = given[start : start + _search.BATCH]
-            whole = [one for one in some if isinstance(one, Trace) and one.data.spans]
+            whole = [one for one in some if isinstance(one, Trace) and _is_whole(one)]
             ids = {one if isinstance(one, str) else one.info.trace_id: None for one in some}
             for trace in whole:
                 ids.pop(trace.info.trace_id, None)
@@ -118,10 +118,11 @@ def plan(
         raise ConfigurationError(f"limit must be a whole number of at least 1, not {limit!r}.")
     if progress is not None and not callable(progress):
         raise ConfigurationError("progress must be a callable or None.")
+    query = _search.query(experiment_ids, experiment_names, filter_string, since, until, shard)
     return Plan(
         client=TracingClient(),
-        query=_search.query(experiment_ids, experiment_names, filter_string, since, until, shard),
-        given=None if traces is None else tuple(_given(traces)),
+        query=query,
+        given=None if traces is None else _once(_given(traces), query),
         config=_settings(settings, dry_run=dry_run),
         limit=limit,
         rescore=rescore,
@@ -166,7 +167,7 @@ def _given(traces: Any) -> Iterator[Trace | str]:
                 "traces is a frame without the column trace_id; mlflow.search_traces gives one."
             )
         traces = dict.fromkeys(traces["trace_id"])
-    if isinstance(traces, (str, Trace)):
+    if isinstance(traces, (str, Trace, TraceInfo)):
         traces = [traces]
     if not isinstance(traces, Iterable):
         raise _no_trace(traces)
@@ -177,6 +178,16 @@ def _given(traces: Any) -> Iterator[Trace | str]:
             yield one
         else:
             raise _no_trace(one)
+
+
+def _once(traces: Iterable[Trace | str], query: _search.Query) -> tuple[Trace | str, ...]:
+    """Each of those in this part, however often it was given."""
+    by_id = {one if isinstance(one, str) else one.info.trace_id: one for one in traces}
+    return tuple(one for trace_id, one in by_id.items() if query.has(trace_id))
+
+
+def _is_whole(trace: Trace) -> bool:
+    return bool(trace.data.spans) and trace.info.state.value != "IN_PROGRESS"
 
 
 def _no_trace(value: object) -> ConfigurationError:
