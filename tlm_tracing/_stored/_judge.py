@@ -64,7 +64,14 @@ class Judge:
 
     def look(self, trace: Trace) -> list[Judged | Wanted]:
         """The calls of a trace, in the order in which they began; nothing is sent yet."""
-        return [self._look(trace.info, call) for call in calls(trace)]
+        found = [self._look(trace.info, call) for call in calls(trace)]
+        if not any(isinstance(one, Judged) and one.trust.status == "pending" for one in found):
+            return found
+        # Such a trace is not written yet: what is sent of it now would be paid for again.
+        return [
+            _pending(trace.info, one.call, one.asked) if isinstance(one, Wanted) else one
+            for one in found
+        ]
 
     async def judge(self, info: TraceInfo, found: Sequence[Judged | Wanted]) -> list[Judged]:
         """The same with the scores of those that want one."""
@@ -75,7 +82,7 @@ class Judge:
         if call.reason is not None:
             return _unscored(info, call, call.reason) if known is None else Judged(call, known)
         if known is None and _is_still_live(call):
-            return Judged(call, _placed(_PENDING, info, call))
+            return _pending(info, call)
         try:
             config = self._config if known is None else self._readable
             completion = call.endpoint.construct(call.answer)
@@ -92,7 +99,7 @@ class Judge:
         call, asked = found
         if self._plan.dry_run:
             self.characters += _length(asked)
-            return Judged(call, _placed(_PENDING, info, call), asked)
+            return _pending(info, call, asked)
         if self.is_outage:
             return Judged(call, _placed(_UNAVAILABLE, info, call), asked)
         return _scored(info, call, asked, await self._verdict(asked))
@@ -139,6 +146,10 @@ class Judge:
 
 def _placed(trust: Trust, info: TraceInfo, call: StoredCall) -> Trust:
     return replace(trust, trace_id=info.trace_id, span_id=call.span_id)
+
+
+def _pending(info: TraceInfo, call: StoredCall, asked: _asking.Asked | None = None) -> Judged:
+    return Judged(call, _placed(_PENDING, info, call), asked)
 
 
 def _scored(info: TraceInfo, call: StoredCall, asked: _asking.Asked, verdict: Verdict) -> Judged:
