@@ -39,6 +39,7 @@ ROOMS = {
     "aiohttp": {"scorers", "testing"},
     "packaging": {"_doctor"},
     "pandas": {"_stored", "_report"},
+    "jinja2": {"_report"},
     "matplotlib": {"_report"},
     "rich": {"_report", "_commands", "_demo", "_doctor"},
     "wrapt": {"_patches"},
