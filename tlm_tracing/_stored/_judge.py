@@ -33,10 +33,17 @@ _UNAVAILABLE = Trust.unscored("scorer_unavailable")
 
 
 class Wanted(NamedTuple):
-    """A call that is to be scored, and what leaves for the scorer."""
+    """A call that is to be scored, and what leaves for the scorer.
+
+    Attributes:
+        call: The call.
+        asked: What leaves.
+        before: The trust that the trace tells already.
+    """
 
     call: StoredCall
     asked: _asking.Asked
+    before: Trust | None
 
 
 class Judge:
@@ -78,31 +85,34 @@ class Judge:
         return list(await asyncio.gather(*(self._judge(info, one) for one in found)))
 
     def _look(self, info: TraceInfo, call: StoredCall) -> Judged | Wanted:
-        known = None if self._plan.rescore else _known(info, call)
+        known = _known(info, call)
+        is_wanted = known is None or self._plan.rescore
         if call.reason is not None:
-            return _unscored(info, call, call.reason) if known is None else Judged(call, known)
+            return _left(info, call, call.reason, known)
         if known is None and _is_still_live(call):
             return _pending(info, call)
         try:
-            config = self._config if known is None else self._readable
+            config = self._config if is_wanted else self._readable
             completion = call.endpoint.construct(call.answer)
             asked = _asking.ask(call.endpoint, call.request, completion, call.answer, config)
         except Unscorable as nothing:
-            return _unscored(info, call, nothing.reason)
+            return _left(info, call, nothing.reason, known)
         except Exception:  # a shape that nobody has thought of
-            return _unscored(info, call, "unsupported_content")
-        return Wanted(call, asked) if known is None else Judged(call, known, asked)
+            return _left(info, call, "unsupported_content", known)
+        if known is None or is_wanted:
+            return Wanted(call, asked, known)
+        return Judged(call, known, asked)
 
     async def _judge(self, info: TraceInfo, found: Judged | Wanted) -> Judged:
         if isinstance(found, Judged):
             return found
-        call, asked = found
+        call, asked, before = found
         if self._plan.dry_run:
             self.characters += _length(asked)
             return _pending(info, call, asked)
         if self.is_outage:
-            return Judged(call, _placed(_UNAVAILABLE, info, call), asked)
-        return _scored(info, call, asked, await self._verdict(asked))
+            return Judged(call, _placed(_UNAVAILABLE, info, call), asked, before=before)
+        return _scored(info, found, await self._verdict(asked))
 
     def hurry(self) -> None:
         """Send no more; what has not been sent is unscored."""
@@ -152,7 +162,8 @@ def _pending(info: TraceInfo, call: StoredCall, asked: _asking.Asked | None = No
     return Judged(call, _placed(_PENDING, info, call), asked)
 
 
-def _scored(info: TraceInfo, call: StoredCall, asked: _asking.Asked, verdict: Verdict) -> Judged:
+def _scored(info: TraceInfo, wanted: Wanted, verdict: Verdict) -> Judged:
+    call, asked, before = wanted
     trust = verdict.trust
     choices = tuple(_placed(choice, info, call) for choice in trust.choices)
     return Judged(
@@ -165,13 +176,17 @@ def _scored(info: TraceInfo, call: StoredCall, asked: _asking.Asked, verdict: Ve
             llm_model=call.answer.get("model") or call.request.get("model"),
         ),
         None if verdict.error is None else str(verdict.error),
-        is_new=trust.status == "scored" or trust.reason in FINAL,
+        is_new=trust.status == "scored" or (before is None and trust.reason in FINAL),
         is_cached=verdict.is_cached,
+        before=before,
     )
 
 
-def _unscored(info: TraceInfo, call: StoredCall, reason: str) -> Judged:
-    is_told = call.scoring is not None or "tlm.reason" in _attributes(call)
+def _left(info: TraceInfo, call: StoredCall, reason: str, known: Trust | None) -> Judged:
+    """A call that is not sent: what the trace tells of it stays."""
+    if known is not None:
+        return Judged(call, known)
+    is_told = _attributes(call).get("tlm.reason") in FINAL
     return Judged(
         call,
         _placed(Trust.unscored(reason), info, call),

@@ -37,6 +37,8 @@ class Judged:
         is_new: Whether the trust is to be written; else the trace tells it already, or the
             reason why there is no score may be another one next time.
         is_cached: Whether nobody was asked, as the score was known.
+        before: The trust that the trace tells already, if there was one and it was asked for
+            another.
     """
 
     call: StoredCall
@@ -46,6 +48,12 @@ class Judged:
     detail: str | None = None
     is_new: bool = False
     is_cached: bool = False
+    before: Trust | None = None
+
+    @property
+    def standing(self) -> Trust:
+        """The trust that the trace is to tell."""
+        return self.trust if self.is_new or self.before is None else self.before
 
 
 def addition(info: TraceInfo, judged: Sequence[Judged], see: Callable[[Any], Any]) -> Addition:
@@ -79,10 +87,10 @@ def _shown(judged: Judged, see: Callable[[Any], Any]) -> Judged:
 
 def _tags(info: TraceInfo, judged: Iterable[Judged]) -> Tags:
     """Those that change."""
-    known = [one.trust for one in judged]
+    known = [one.standing for one in judged]
     if not known:
         wanted: Tags = {_annotate.STATUS_TAG: "unscored"}
-    elif any(one.is_new or one.trust.score is not None for one in judged):
+    elif any(one.is_new or one.standing.score is not None for one in judged):
         wanted = _annotate.tags(known)
     else:
         wanted = {}
