@@ -12,12 +12,14 @@ from typing import Any
 
 from mlflow.entities import Span, TraceInfo
 
-from tlm_tracing import _annotate
+from tlm_tracing import _annotate, _redacted
 from tlm_tracing._asking import Asked
 from tlm_tracing._bulk import Addition, Tags
+from tlm_tracing._config import Config
 from tlm_tracing._data import Trust
 from tlm_tracing._record import texts, told, trust_attributes
 from tlm_tracing._stored._calls import StoredCall
+from tlm_tracing._visible import visible
 
 # Of no tokens, or the store would take the scoring's time for the trace's.
 _NO_TOKENS = {"input_tokens": 0, "output_tokens": 0, "total_tokens": 0}
@@ -56,18 +58,19 @@ class Judged:
         return self.trust if self.is_new or self.before is None else self.before
 
 
-def addition(info: TraceInfo, judged: Sequence[Judged], see: Callable[[Any], Any]) -> Addition:
+def addition(info: TraceInfo, judged: Sequence[Judged], config: Config) -> Addition:
     """What a trace gets.
 
     Args:
         info: The trace.
         judged: All of its calls.
-        see: How a value may be seen on a span.
+        config: The settings in force.
     """
-    shown = [_shown(one, see) for one in judged]
+    see = visible(config)
+    shown = [_shown(one, see if config.capture_content else None) for one in judged]
     return Addition(
         info,
-        [span for one in shown for span in _spans(one, see)],
+        [span for one in judged for span in _spans(one, see)],
         _tags(info, shown),
         [
             _annotate.assessment(one.trust, one.notes)
@@ -77,12 +80,12 @@ def addition(info: TraceInfo, judged: Sequence[Judged], see: Callable[[Any], Any
     )
 
 
-def _shown(judged: Judged, see: Callable[[Any], Any]) -> Judged:
+def _shown(judged: Judged, see: Callable[[Any], Any] | None) -> Judged:
+    """With the explanation as it may be seen; if no words may, with none."""
     if judged.trust.explanation is None or not judged.is_new:
         return judged
-    return replace(
-        judged, trust=replace(judged.trust, explanation=str(see(judged.trust.explanation)))
-    )
+    explanation = None if see is None else str(see(judged.trust.explanation))
+    return replace(judged, trust=replace(judged.trust, explanation=explanation))
 
 
 def _tags(info: TraceInfo, judged: Iterable[Judged]) -> Tags:
@@ -141,11 +144,17 @@ def _scoring(judged: Judged, see: Callable[[Any], Any]) -> Span:
         "links": [],
         "status": {
             "code": "STATUS_CODE_OK" if is_scored else "STATUS_CODE_ERROR",
-            "message": "" if is_scored else str(see(judged.detail or trust.reason)),
+            "message": "" if is_scored else _why(judged, see),
         },
         "attributes": {_REQUEST_ID: data["attributes"][_REQUEST_ID], **_as_json(attributes)},
     }
     return Span.from_dict(data)
+
+
+def _why(judged: Judged, see: Callable[[Any], Any]) -> str:
+    if judged.detail is None:
+        return str(judged.trust.reason)
+    return str(see(_redacted.redact(judged.detail)))
 
 
 def _scoring_id(call: StoredCall, trace_id: str) -> str:

@@ -24,7 +24,6 @@ from tlm_tracing._stored._judge import FINAL, Judge, Wanted
 from tlm_tracing._stored._late import Judged, addition
 from tlm_tracing._stored._plan import Plan
 from tlm_tracing._stored._rows import Progress, ScoredCall
-from tlm_tracing._visible import visible
 from tlm_tracing.exceptions import TLMTracingError
 
 _logger = logging.getLogger("tlm_tracing")
@@ -113,7 +112,6 @@ class Run:
         if self._stopped.is_set():
             self._judge.hurry()
         self._store = Store(self._plan.client)
-        self._see = visible(self._plan.config)
         self._chunks: asyncio.Queue[Chunk | None] = asyncio.Queue(_CHUNKS_AHEAD)
         self._judged: asyncio.Queue[tuple[Any, list[Judged]] | None] = asyncio.Queue()
         self._room = asyncio.Semaphore(_MOST_UNWRITTEN)
@@ -230,7 +228,7 @@ class Run:
 
     async def _store_all(self, batch: list[tuple[Any, list[Judged]]]) -> None:
         additions = [
-            addition(trace.info, judged, self._see)
+            addition(trace.info, judged, self._plan.config)
             for trace, judged in batch
             if isinstance(trace, Trace) and all(one.trust.status != "pending" for one in judged)
         ]
