@@ -160,8 +160,9 @@ class Store:
     @property
     def version(self) -> str:
         """Which database it is."""
-        numbers = self._engine.dialect.server_version_info if self._connects() else None
-        return f"{self._engine.dialect.name} {'.'.join(map(str, numbers or ()))}"
+        with self._engine.connect() as connection:
+            numbers = connection.dialect.server_version_info or ()
+        return f"{self._engine.dialect.name} {'.'.join(map(str, numbers))}"
 
     def template(self, sandbox: Sandbox) -> Template:
         """Have a call traced, and give what there is of it in the database."""
@@ -307,10 +308,6 @@ class Store:
                 )
             )
         return tags, scoring, assessed
-
-    def _connects(self) -> bool:
-        with self._engine.connect():
-            return True
 
 
 class Template:
