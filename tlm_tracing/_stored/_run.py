@@ -66,6 +66,7 @@ class Run:
         self._plan = plan
         self._started = time.monotonic()
         self._told = 0.0
+        self._tell_failed = False
         self._stopped = threading.Event()
         self._rows: queue.Queue[list[ScoredCall] | BaseException | None] = queue.Queue(_ROWS_AHEAD)
         self._thread: threading.Thread | None = None
@@ -266,8 +267,12 @@ class Run:
         self.progress = replace(self.progress, seconds=at - self._started)
         try:
             self._plan.tell(self.progress)
-        except Exception:
-            _logger.exception("The progress callable failed.")
+        except Exception as error:
+            if not self._tell_failed:
+                _logger.warning(
+                    "The progress callable failed with %s: %s.", type(error).__name__, error
+                )
+            self._tell_failed = True
 
 
 async def _together(*steps: Awaitable[None]) -> None:
