@@ -131,8 +131,9 @@ async def ascore_traces(*args: Any, **kwargs: Any) -> pd.DataFrame:
 @_as_asked_by(score_traces)
 async def aiter_scores(*args: Any, **kwargs: Any) -> AsyncIterator[ScoredCall]:
     """Same as :func:`iter_scores`, but the event loop goes on meanwhile."""
-    run = await asyncio.to_thread(lambda: Run(plan(*args, **kwargs)).start())
+    run = Run(await asyncio.to_thread(lambda: plan(*args, **kwargs)))
     try:
+        run.start()
         while (rows := await asyncio.to_thread(run.next)) is not None:
             for row in rows:
                 yield row
