@@ -10,6 +10,7 @@ Source: OTLP, https://opentelemetry.io/docs/specs/otlp/; ``log_spans`` of MLflow
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -85,7 +86,6 @@ class Store:
         self._client = client
         self._road = _road(client)
         self._is_proven = False
-        self._made: set[str] = set()
         at_once = 1 if self._road is None else self._road.AT_ONCE
         self._pool = ThreadPoolExecutor(at_once, "tlm-tracing-assess")
 
@@ -139,6 +139,9 @@ class Store:
             self._road.assess(feedback)
 
     def _update(self, feedback: Feedback) -> None:
+        if feedback.rationale is None:
+            feedback = copy.copy(feedback)
+            feedback.rationale = ""  # or that of the score before would stay
         self._client.update_assessment(
             str(feedback.trace_id), str(feedback.assessment_id), feedback
         )
