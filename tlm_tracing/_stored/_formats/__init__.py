@@ -56,9 +56,11 @@ def rebuild(span: Span) -> Rebuilt | None:
         Unscorable: If they cannot be rebuilt as they were; says why.
     """
     told = Told(span)
-    named = _BY_NAME.get(told.attribute(_FORMAT))
-    module = named or next((one for one in _FORMATS if one.fits(told)), None)
+    if name := told.attribute(_FORMAT):
+        module = _BY_NAME.get(name)
+    else:
+        module = next((one for one in _FORMATS if one.fits(told)), None)
     if module is None:
-        reject()
+        reject()  # of a format that is unknown, its shape does not tell what it leaves out
     rebuilt: Rebuilt | None = module.read(told)
     return rebuilt

@@ -20,7 +20,7 @@ from tlm_tracing._stored._formats._told import (
     reject,
 )
 
-NAMES = frozenset({"openai", "groq", "mistral", "litellm"})
+NAMES = frozenset({"openai", "groq", "mistral", "litellm", "crewai"})
 
 _TRANSPORT = frozenset({"extra_headers", "extra_query", "extra_body", "timeout"})
 _THOUGHTS = frozenset({"thinking", "reasoning"})
@@ -84,7 +84,11 @@ def _completed(told: Told, request: Mapping[str, Any]) -> Mapping[str, Any]:
         outputs = outputs[0]
     if isinstance(outputs, Mapping) and outputs.get("role") == "assistant":
         message = _said(mapping(outputs))
-    elif isinstance(outputs, str) and not is_text_of_object(outputs) and "tools" not in request:
+    elif (
+        isinstance(outputs, str)
+        and not is_text_of_object(outputs)
+        and not (request.get("tools") or request.get("functions"))
+    ):
         message = {"role": "assistant", "content": outputs}
     else:
         reject()
