@@ -774,6 +774,10 @@ UNREADABLE = {
     "an object": ({"messages": "<generator object ask at 0x7f>"}, COMPLETION),
     "an answer that is an object": ({"messages": QUESTION}, "<openai.Stream object at 0x7f>"),
     "messages that are objects": ({"messages": ["Message(role='user')"]}, COMPLETION),
+    "messages of another format": (
+        {"messages": [{"role": "user", "blocks": [{"block_type": "text", "text": "Hi"}]}]},
+        COMPLETION,
+    ),
     "tools that are objects": (
         {"messages": QUESTION, "tools": ["<function f at 0x7f>"]},
         COMPLETION,

@@ -9,6 +9,7 @@ from mlflow.entities import Span, SpanStatusCode, Trace
 
 from tlm_tracing._endpoints import Endpoint, chat, responses
 from tlm_tracing._messages import Unscorable
+from tlm_tracing._record import CONTENT
 from tlm_tracing._stored import _formats
 
 _LLM = frozenset({"CHAT_MODEL", "LLM"})
@@ -19,7 +20,6 @@ _OURS: Mapping[str, Endpoint] = {
     f"openai.{responses.NAME}": responses,
 }
 _FORMAT = "mlflow.message.format"
-_CONTENT = "tlm.content"
 _OUTCOME = "stream.outcome"
 _SCORER_OF_TRACE = "mlflow.trace.sourceScorer"
 # Events that tell of a piece of an answer, by how their names begin.
@@ -148,7 +148,7 @@ def _own(llm: Span, endpoint: Endpoint) -> _formats.Rebuilt:
     if _is_failed(llm):
         raise Unscorable("call_failed")
     request, answer = llm.inputs, llm.outputs
-    if llm.get_attribute(_CONTENT) or not isinstance(request, Mapping):
+    if llm.get_attribute(CONTENT) or not isinstance(request, Mapping):
         raise Unscorable("unsupported_content")
     if not isinstance(answer, Mapping):
         raise Unscorable("unsupported_content")

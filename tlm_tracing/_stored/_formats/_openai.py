@@ -23,6 +23,8 @@ from tlm_tracing._stored._formats._told import (
 NAMES = frozenset({"openai", "groq", "mistral", "litellm", "crewai"})
 
 _TRANSPORT = frozenset({"extra_headers", "extra_query", "extra_body", "timeout"})
+# Where a message has what is said in it; one that has none of them is of another format.
+_SAID = frozenset({"content", "tool_calls", "function_call", "refusal", "audio"})
 _THOUGHTS = frozenset({"thinking", "reasoning"})
 # Of a call through LiteLLM, which puts streams together faithfully.
 _LITELLM = "litellm_call_id"
@@ -62,7 +64,8 @@ def read(told: Told) -> Rebuilt | None:
 
 def _chat(told: Told, given: Mapping[str, Any]) -> Rebuilt:
     request = _request(chat, told, given)
-    mappings(request.get("messages"))
+    if not all(_SAID & message.keys() for message in mappings(request.get("messages"))):
+        reject()
     if not request.get("tools") and not request.get("functions") and told.tools:
         request["tools"] = told.tools
     for name in ("tools", "functions"):

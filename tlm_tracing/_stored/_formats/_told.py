@@ -222,8 +222,11 @@ def completion(told: Told, choices: Iterable[tuple[Message, str | None]]) -> dic
 def tells_end(value: Any) -> bool:
     """Whether somewhere in a value it is said that, or why, an answer has ended."""
     if isinstance(value, Mapping):
+        is_response = value.get("object") == "response"
         return any(
-            (key in _ENDS and bool(item)) or (key == "status" and item in _ENDED) or tells_end(item)
+            (key in _ENDS and bool(item))
+            or (key == "status" and item in _ENDED and is_response)
+            or tells_end(item)
             for key, item in value.items()
         )
     return isinstance(value, list) and any(tells_end(item) for item in value)
