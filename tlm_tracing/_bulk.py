@@ -108,6 +108,16 @@ class Store:
             for one in additions:
                 self._add_alone(one, is_rest=one in together)
 
+    def has(self, info: TraceInfo) -> bool:
+        """Whether a trace is still there."""
+        try:
+            self._client.store.get_trace_info(info.trace_id)
+        except MlflowException as error:
+            if error.error_code in ("NOT_FOUND", "RESOURCE_DOES_NOT_EXIST"):
+                return False
+            raise
+        return True
+
     def close(self) -> None:
         """Let go of the threads."""
         self._pool.shutdown()

@@ -17,7 +17,7 @@ from mlflow.entities import Trace, TraceInfo
 from mlflow.exceptions import MlflowException
 
 from tlm_tracing import _threads
-from tlm_tracing._bulk import Store
+from tlm_tracing._bulk import Addition, Store
 from tlm_tracing._data import Status
 from tlm_tracing._outbox import Refused
 from tlm_tracing._stored._judge import FINAL, Judge, Wanted
@@ -238,7 +238,7 @@ class Run:
         wanted = [one for one in additions if one.spans or one.tags or one.assessments]
         for pause in (*_PAUSES, None):
             try:
-                return await asyncio.to_thread(self._store.write, wanted)
+                return await asyncio.to_thread(self._write_present, wanted)
             except (MlflowException, OSError, Refused) as error:
                 if pause is None or isinstance(error, Refused):
                     raise TLMTracingError(
@@ -247,6 +247,16 @@ class Run:
                     ) from error
             await asyncio.sleep(pause)
         return None
+
+    def _write_present(self, wanted: list[Addition]) -> None:
+        """Write; what has been deleted since it was read is left out."""
+        try:
+            self._store.write(wanted)
+        except Refused:
+            present = [one for one in wanted if self._store.has(one.info)]
+            if len(present) == len(wanted):
+                raise
+            self._write_present(present)
 
     # Telling.
 
