@@ -11,6 +11,7 @@ Source: OTLP, https://opentelemetry.io/docs/specs/otlp/; ``log_spans`` of MLflow
 from __future__ import annotations
 
 import copy
+import logging
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -39,6 +40,12 @@ Tags: TypeAlias = Mapping[str, str | None]
 
 # A server's CPU is what limits them: more at once make it slower.
 _AT_ONCE = 4
+# What a server, or a gateway before it, answers where it takes no spans.
+_NO_SUCH_ROAD = frozenset({404, 405, 501})
+# What stores say of an assessment that is there already, among other things.
+_MAY_BE_THERE = frozenset({"BAD_REQUEST", "INTERNAL_ERROR", "RESOURCE_ALREADY_EXISTS"})
+
+_logger = logging.getLogger("tlm_tracing")
 
 
 @dataclass(frozen=True)
@@ -68,7 +75,11 @@ class _Road(Protocol):
     AT_ONCE: int
 
     def add(self, experiment_id: str, additions: Sequence[Addition]) -> None:
-        """Write spans and tags of many traces; a tag that is None is left alone."""
+        """Write spans and tags of many traces; a tag that is None is left alone.
+
+        Raises:
+            NotImplementedError: If the store takes no spans.
+        """
 
     def assess(self, feedback: Feedback) -> None:
         """Make an assessment; fails at once if it is there."""
@@ -86,6 +97,7 @@ class Store:
         self._client = client
         self._road = _road(client)
         self._is_proven = False
+        self._takes_spans = True
         at_once = 1 if self._road is None else self._road.AT_ONCE
         self._pool = ThreadPoolExecutor(at_once, "tlm-tracing-assess")
 
@@ -135,10 +147,10 @@ class Store:
                 return
             try:
                 self._create(feedback)
-            except MlflowException:
+            except MlflowException as error:
                 # Somebody else has made it since, or we have and the answer got lost: to make it
                 # again would be an error for ever.
-                if not self._has(feedback):
+                if error.error_code not in _MAY_BE_THERE or not self._has(feedback):
                     raise
                 self._update(feedback)
 
@@ -161,13 +173,24 @@ class Store:
         return any(item.assessment_id == feedback.assessment_id for item in info.assessments or ())
 
     def _can_travel(self, addition: Addition) -> bool:
-        return self._road is not None and bool(addition.spans) and _takes_spans(addition.info)
+        return self._road is not None and self._has_place_for_spans(addition)
+
+    def _has_place_for_spans(self, addition: Addition) -> bool:
+        return self._takes_spans and bool(addition.spans) and _takes_spans(addition.info)
 
     def _add(self, additions: Sequence[Addition]) -> None:
         if self._road is None or not additions:
             return
-        for experiment_id, some in _by_experiment(additions):
-            self._road.add(experiment_id, some)
+        try:
+            for experiment_id, some in _by_experiment(additions):
+                self._road.add(experiment_id, some)
+        except NotImplementedError as error:
+            self._takes_spans = self._is_proven = False
+            _logger.warning(
+                "MLflow's server takes no spans: %s. Tags and assessments alone tell the scores.",
+                error,
+            )
+            return
         if not self._is_proven:
             self._is_proven = self._have_arrived(additions[0])
 
@@ -178,7 +201,7 @@ class Store:
     def _add_alone(self, addition: Addition, *, is_rest: bool) -> None:
         """By MLflow's own calls, one after the other: what has not travelled together."""
         trace_id = addition.info.trace_id
-        if not is_rest and addition.spans and _takes_spans(addition.info):
+        if not is_rest and self._has_place_for_spans(addition):
             _exporter.log_spans(
                 self._client, str(addition.info.experiment_id), list(addition.spans)
             )
@@ -220,15 +243,20 @@ class _Server:
 
     def _post(self, path: str, headers: dict[str, str], **body: Any) -> None:
         # Tried once: MLflow would try for minutes what can't succeed, an assessment that is there.
-        response = http_request(  # type: ignore[no-untyped-call]
-            host_creds=self._store.get_host_creds(),
-            endpoint=path,
-            method="POST",
-            max_retries=0,
-            raise_on_status=False,
-            extra_headers=headers,
-            **body,
-        )
+        try:
+            response = http_request(  # type: ignore[no-untyped-call]
+                host_creds=self._store.get_host_creds(),
+                endpoint=path,
+                method="POST",
+                max_retries=0,
+                raise_on_status=False,
+                extra_headers=headers,
+                **body,
+            )
+        except MlflowException as error:  # nobody has answered
+            raise ConnectionError(str(error)) from error
+        if path == OTLP_TRACES_PATH and response.status_code in _NO_SUCH_ROAD:
+            raise NotImplementedError(f"{path} answers {response.status_code}")
         verify_rest_response(response, path)
 
 
