@@ -153,6 +153,23 @@ def test_usage_is_recorded_when_the_caller_asked_for_it(trace):
     assert trace().info.token_usage["total_tokens"] > 0
 
 
+def put_together_in_place(chunks):
+    """As some frameworks do it: later pieces are added to the first one's object."""
+    calls = {}
+    for chunk in chunks:
+        for call in (chunk.choices[0].delta.tool_calls or ()) if chunk.choices else ():
+            first = calls.setdefault(call.index, call)
+            if first is not call:
+                first.function.arguments += call.function.arguments or ""
+
+
+def test_a_reader_who_changes_the_chunks_does_not_change_what_is_scored(trace, scorer):
+    put_together_in_place(stream_of(OpenAI(), model="sandbox:tools=2", tools=TOOLS))
+    calls = llm_span(trace()).outputs["choices"][0]["message"]["tool_calls"]
+    assert {call["function"]["arguments"] for call in calls} == {'{"query": "sandbox"}'}
+    assert scorer.exchanges[0].response.count("sandbox") == 2
+
+
 def test_parallel_tool_calls_are_put_together(trace, scorer):
     list(stream_of(OpenAI(), model="sandbox:tools=3", tools=TOOLS))
     calls = llm_span(trace()).outputs["choices"][0]["message"]["tool_calls"]

@@ -29,7 +29,7 @@ def listen(
         hides_usage: Whether the caller did not ask for the chunk that tells the usage.
     """
     stream._tlm_hides_usage = hides_usage  # type: ignore[union-attr]
-    _follow(stream, Watch(listener, Heard(listener.endpoint.is_token)))
+    _follow(stream, Watch(listener, _nothing_yet(listener)))
 
 
 @functools.lru_cache(maxsize=32)
@@ -62,8 +62,12 @@ def _made(stream: Any) -> None:
     """A new stream is followed at once, if its raw response was."""
     watch = _bodies.hand_over(stream.response)
     if watch is not None:
-        watch.heard = Heard(watch.listener.endpoint.is_token)
+        watch.heard = _nothing_yet(watch.listener)
         _follow(stream, watch)
+
+
+def _nothing_yet(listener: Listener) -> Heard:
+    return Heard(listener.endpoint.is_token, listener.endpoint.kept)
 
 
 def _follow(stream: Any, watch: Watch) -> None:

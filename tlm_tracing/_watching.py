@@ -33,14 +33,17 @@ class Heard:
             is not replaced.
     """
 
-    __slots__ = ("_is_token", "chunks", "first_at", "held", "replacement")
+    __slots__ = ("_is_token", "_kept", "chunks", "first_at", "held", "replacement")
 
-    def __init__(self, is_token: Callable[[Any], bool]) -> None:
+    def __init__(
+        self, is_token: Callable[[Any], bool], kept: Callable[[Any], Any] | None = None
+    ) -> None:
         self.chunks: list[Any] = []
         self.first_at: float | None = None
         self.held: list[Any] = []
         self.replacement: list[Any] = []
         self._is_token = is_token
+        self._kept = kept
 
     @property
     def is_given(self) -> bool:
@@ -51,7 +54,7 @@ class Heard:
         """Keep a chunk."""
         if self.first_at is None and self._is_token(chunk):
             self.first_at = time.monotonic()
-        self.chunks.append(chunk)
+        self.chunks.append(chunk if self._kept is None else self._kept(chunk))
 
     def answer(self, endpoint: Endpoint) -> dict[str, Any] | None:
         """The answer so far as plain data; None before the first chunk."""

@@ -38,6 +38,9 @@ class Endpoint(Protocol):
     def is_whole(self, answer: Mapping[str, Any]) -> bool:
         """Whether a streamed answer was finished: a body can end early but cleanly."""
 
+    def kept(self, chunk: Any) -> Any:
+        """A chunk as it is kept, whatever its reader makes of it later."""
+
     def is_token(self, chunk: Any) -> bool:
         """Whether a chunk brings something of the answer itself."""
 

@@ -67,6 +67,14 @@ def is_whole(answer: Mapping[str, Any]) -> bool:
     return bool(reasons) and all(reasons)
 
 
+def kept(chunk: Any) -> Any:
+    """A piece of a tool call as plain data: some readers add the later pieces to the first."""
+    for choice in getattr(chunk, "choices", None) or ():
+        if getattr(getattr(choice, "delta", None), "tool_calls", None):
+            return _dump(chunk)
+    return chunk
+
+
 def is_token(chunk: Any) -> bool:
     """Chat begins to answer with its first chunk."""
     return True

@@ -101,6 +101,11 @@ def is_whole(answer: Mapping[str, Any]) -> bool:
     return answer.get("status") in _LAST_EVENTS.values()
 
 
+def kept(chunk: Any) -> Any:
+    """An event as it is: what it tells is told once more at the end."""
+    return chunk
+
+
 def is_token(chunk: Any) -> bool:
     """The first events only tell that work has begun."""
     return str(_kind(chunk)).endswith(".delta")
