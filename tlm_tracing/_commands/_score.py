@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import heapq
 import json
@@ -54,6 +55,12 @@ class Tally:
         """The lowest score first."""
         return [row for _, _, row in sorted(self._heap, key=lambda one: (-one[0], one[1]))]
 
+    def take(self, running: Run) -> None:
+        """Count all that a run gives, until its end."""
+        while (rows := running.next()) is not None:
+            for row in rows:
+                self.add(row)
+
     def add(self, row: ScoredCall) -> None:
         """Count a call."""
         if row.status == "unscored":
@@ -95,18 +102,20 @@ def run(options: Mapping[str, Any]) -> int:
 
 def _go(made: Plan, tally: Tally, said: Console) -> tuple[int, Run]:
     running = Run(made).start()
+    status = 0
     try:
-        while (rows := running.next()) is not None:
-            for row in rows:
-                tally.add(row)
-    except KeyboardInterrupt:
-        said.print("Stopping: what has been sent is waited for and written. Again to stop at once.")
-        running.end()
-        return INTERRUPTED, running
+        try:
+            tally.take(running)
+        except KeyboardInterrupt:
+            status = INTERRUPTED
+            said.print("Stopping: what was sent is waited for and written. Again to stop at once.")
+            running.stop()
+            with contextlib.suppress(KeyboardInterrupt):
+                tally.take(running)
     except (TLMTracingError, MlflowException) as error:
         print(f"tlm-tracing score: {error}", file=sys.stderr)
-        return 1, running
-    return 0, running
+        status = status or 1
+    return status, running
 
 
 def _tell(

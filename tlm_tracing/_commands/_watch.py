@@ -69,8 +69,8 @@ def _watch(given: dict[str, Any], interval: float, tally: Tally, said: Any) -> N
 def _once(made: Plan, tally: Tally, done: set[str]) -> None:
     running = Run(made, done).start()
     try:
-        while (rows := running.next()) is not None:
-            for row in rows:
-                tally.add(row)
-    finally:
-        running.end()  # stopped by a signal, it waits for what has been sent
+        tally.take(running)
+    except KeyboardInterrupt:
+        running.stop()
+        tally.take(running)  # what was sent is waited for and written
+        raise

@@ -11,7 +11,7 @@ import time
 from collections.abc import Awaitable, Iterator
 from dataclasses import replace
 from datetime import datetime, timezone
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 from mlflow.entities import Trace, TraceInfo
 from mlflow.exceptions import MlflowException
@@ -41,6 +41,7 @@ _POLL = 0.2
 # What has not been drawn is not drawn for again.
 _DONE_WITH = FINAL | {"sampled_out"}
 
+T = TypeVar("T")
 Chunk: TypeAlias = list[Trace | TraceInfo]
 
 
@@ -68,6 +69,7 @@ class Run:
         self._told = 0.0
         self._tell_failed = False
         self._stopped = threading.Event()
+        self._unread = threading.Event()
         self._rows: queue.Queue[list[ScoredCall] | BaseException | None] = queue.Queue(_ROWS_AHEAD)
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -90,12 +92,17 @@ class Run:
             raise rows
         return rows
 
-    def end(self) -> None:
-        """Read and send no more; what was sent is waited for and written."""
+    def stop(self) -> None:
+        """Read and send no more; the rows of what was sent still come."""
         self._stopped.set()
         with contextlib.suppress(RuntimeError):  # it is over already
             if self._loop is not None:
-                self._loop.call_soon_threadsafe(self._judge.hurry)
+                self._loop.call_soon_threadsafe(self._hurry)
+
+    def end(self) -> None:
+        """Stop, and wait until what was sent is written; nobody reads its rows."""
+        self._unread.set()
+        self.stop()
         if self._thread is not None:
             self._thread.join()
 
@@ -109,9 +116,10 @@ class Run:
 
     async def _run(self) -> None:
         self._judge = Judge(self._plan)
+        self._ending = asyncio.Event()
         self._loop = asyncio.get_running_loop()
         if self._stopped.is_set():
-            self._judge.hurry()
+            self._hurry()
         self._store = Store(self._plan.client)
         self._chunks: asyncio.Queue[Chunk | None] = asyncio.Queue(_CHUNKS_AHEAD)
         self._judged: asyncio.Queue[tuple[Any, list[Judged]] | None] = asyncio.Queue()
@@ -137,16 +145,32 @@ class Run:
     async def _read(self) -> None:
         chunks = self._plan.chunks(self._unscored)
         while not self._is_over():
-            chunk = await asyncio.to_thread(next, chunks, None)
+            chunk = await self._before_end(asyncio.to_thread(next, chunks, None))
             if chunk is None:
                 break
             await self._chunks.put(chunk)
         await self._chunks.put(None)
 
     async def _count(self) -> None:
-        total = await asyncio.to_thread(self._plan.count)
+        total = await self._before_end(asyncio.to_thread(self._plan.count))
         limit = self._plan.limit
+        if total is None:
+            return
         self.progress = replace(self.progress, total=total if limit is None else min(total, limit))
+
+    async def _before_end(self, reading: Awaitable[T]) -> T | None:
+        """What is read; None as soon as nobody waits for it: a store that is away takes minutes."""
+        read, ending = asyncio.ensure_future(reading), asyncio.ensure_future(self._ending.wait())
+        try:
+            await asyncio.wait({read, ending}, return_when=asyncio.FIRST_COMPLETED)
+            return read.result() if read.done() else None
+        finally:
+            read.cancel()
+            ending.cancel()
+
+    def _hurry(self) -> None:
+        self._ending.set()
+        self._judge.hurry()
 
     def _is_over(self) -> bool:
         return self._stopped.is_set() or self._judge.is_outage or self._left == 0
@@ -261,7 +285,7 @@ class Run:
     # Telling.
 
     def _hand_over(self, rows: list[ScoredCall] | BaseException | None) -> None:
-        while not self._stopped.is_set():
+        while not self._unread.is_set():
             with contextlib.suppress(queue.Full):
                 self._rows.put(rows, timeout=_POLL)
                 return
