@@ -204,6 +204,9 @@ class Run:
         if isinstance(trace, Trace):
             judged = await self._judge.judge(trace.info, found)
             reasons = {one.trust.reason for one in judged if one.trust.score is None}
+            if "budget" in reasons and not any(one.is_new for one in judged):
+                self._room.release()  # stopped before anything of it was sent
+                return
             if reasons or not judged:
                 self._unscored.add(trace.info.trace_id)
             if reasons <= _DONE_WITH and (reasons or not judged):
