@@ -94,6 +94,8 @@ def run(options: Mapping[str, Any]) -> int:
     tally = Tally(options["n"])
     with stoppable(), show:
         status, running = _go(made, tally, said)
+    if status == 2:
+        return status
     if status in (0, 1):
         status = int(bool(tally.failed) or running.is_outage or status == 1)
     _tell(options, made, tally, running.progress, said, is_stopped=status == INTERRUPTED)
@@ -114,7 +116,7 @@ def _go(made: Plan, tally: Tally, said: Console) -> tuple[int, Run]:
                 tally.take(running)
     except (TLMTracingError, MlflowException) as error:
         print(f"tlm-tracing score: {error}", file=sys.stderr)
-        status = status or 1
+        status = status or (2 if isinstance(error, ConfigurationError) else 1)
     return status, running
 
 

@@ -39,8 +39,12 @@ def run(options: Mapping[str, Any]) -> int:
         return 2
     tally = Tally(0)
     said.print(f"Watching. New traces are looked for every {options['interval']:g} s.")
-    with stoppable(), contextlib.suppress(KeyboardInterrupt):
-        _watch(given, options["interval"], tally, said)
+    try:
+        with stoppable(), contextlib.suppress(KeyboardInterrupt):
+            _watch(given, options["interval"], tally, said)
+    except ConfigurationError as error:  # a filter that only MLflow can read
+        print(f"tlm-tracing watch: {error}", file=sys.stderr)
+        return 2
     said.print(f"Stopped. Scored {tally.scored:,} calls.")
     return 0
 
@@ -53,6 +57,8 @@ def _watch(given: dict[str, Any], interval: float, tally: Tally, said: Any) -> N
         before = tally.scored
         try:
             _once(plan(**given), tally, done)
+        except ConfigurationError:
+            raise
         except (TLMTracingError, MlflowException, OSError) as error:
             pause = min(2 * pause, max(_LONGEST_PAUSE, interval))
             said.print(f"MLflow can't be read or written now: {error}. Next try in {pause:g} s.")
