@@ -40,6 +40,29 @@ def test_a_key_in_the_environment_is_all_it_takes(trace):
     assert float(assessment.metadata["seconds"]) > 0
 
 
+def test_a_netrc_file_of_the_users_does_not_get_in_the_way(tmp_path, monkeypatch):
+    netrc = tmp_path / "netrc"
+    netrc.write_text("default login me password mine\n")
+    netrc.chmod(0o600)
+    monkeypatch.setenv("NETRC", str(netrc))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert tt.trust(ask(tt.wrap_openai(openai.OpenAI(), scorer=HostedTLM()))).score == 0.98
+
+
+def test_a_proxy_of_the_environment_is_heeded(monkeypatch):
+    client = tt.wrap_openai(openai.OpenAI(), scorer=HostedTLM(), timeout=0.5)
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # where nobody listens
+    assert tt.trust(ask(client)).reason in ("scorer_unavailable", "timeout")
+
+
+def test_what_needs_no_proxy_takes_none(monkeypatch):
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    assert tt.trust(ask(tt.wrap_openai(openai.OpenAI(), scorer=HostedTLM()))).score == 0.98
+
+
 def test_what_is_sent_is_what_cleanlabs_own_client_sends(sandbox):
     import cleanlab_tlm
     from cleanlab_tlm.internal.api import api

@@ -17,6 +17,8 @@ import json
 import os
 import random
 import time
+import urllib.parse
+import urllib.request
 from collections.abc import Mapping
 from email.utils import parsedate_to_datetime
 from typing import Any
@@ -91,6 +93,7 @@ class HostedTLM:
         self._options = {"model": _DEFAULT_MODEL, **given}
         self.model = str(self._options["model"])
         self._session: aiohttp.ClientSession | None = None
+        self._proxy: str | None = None
         self._home: tuple[int, asyncio.AbstractEventLoop] | None = None
 
     def __repr__(self) -> str:
@@ -199,7 +202,11 @@ class HostedTLM:
         timeout = aiohttp.ClientTimeout(total=max(0.001, until - time.monotonic()))
         try:
             async with self._connected().post(
-                self._base + path, json=body, headers=self._headers(), timeout=timeout
+                self._base + path,
+                json=body,
+                headers=self._headers(),
+                timeout=timeout,
+                proxy=self._proxy,
             ) as response:
                 content = await response.read()
         except asyncio.TimeoutError:
@@ -226,7 +233,8 @@ class HostedTLM:
             self._abandon_inherited()
             # The number in flight is capped by max_concurrency, not here.
             connector = aiohttp.TCPConnector(limit=0)
-            self._session = aiohttp.ClientSession(connector=connector, trust_env=True)
+            self._session = aiohttp.ClientSession(connector=connector)
+            self._proxy = _proxy(self._base)
             self._home = home
         return self._session
 
@@ -243,6 +251,18 @@ class HostedTLM:
         session.detach()
         with contextlib.suppress(AttributeError):
             connector._conns.clear()
+
+
+def _proxy(url: str) -> str | None:
+    """The environment's proxy for an address.
+
+    Not aiohttp's ``trust_env``: it reads ``.netrc`` for each request, in a thread, and then
+    refuses a request that has a key of its own.
+    """
+    address = urllib.parse.urlsplit(url)
+    if address.hostname is None or urllib.request.proxy_bypass(address.hostname):
+        return None
+    return urllib.request.getproxies().get(address.scheme)
 
 
 class _PassingError(ScoringError):
