@@ -39,7 +39,7 @@ from tlm_tracing import _exporter
 Tags: TypeAlias = Mapping[str, str | None]
 
 # A server's CPU is what limits them: more at once make it slower.
-_AT_ONCE = 4
+_AT_ONCE = 8
 # What a server, or a gateway before it, answers where it takes no spans.
 _NO_SUCH_ROAD = frozenset({404, 405, 501})
 # What stores say of an assessment that is there already, among other things.

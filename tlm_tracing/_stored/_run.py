@@ -31,7 +31,7 @@ _logger = logging.getLogger("tlm_tracing")
 _CHUNKS_AHEAD = 2
 _MOST_UNWRITTEN = 400
 _BATCH = 50
-_LINGER = 0.25
+_LINGER = 1.0
 _WRITERS = 2
 _ROWS_AHEAD = 8
 # A store that does not take what was scored is waited for about a minute.
