@@ -87,8 +87,8 @@ class Plan:
             yield [*whole, *self._read(infos)]
 
     def _read(self, infos: list[TraceInfo]) -> list[Trace | TraceInfo]:
-        ended = [info for info in infos if info.state.value != "IN_PROGRESS"]
-        traces = _search.traces(self.client, ended)
+        final = [info for info in infos if _search.is_final(info)]
+        traces = _search.traces(self.client, final)
         whole = {trace.info.trace_id for trace in traces}
         return [*traces, *(info for info in infos if info.trace_id not in whole)]
 
@@ -187,7 +187,7 @@ def _once(traces: Iterable[Trace | str], query: _search.Query) -> tuple[Trace | 
 
 
 def _is_whole(trace: Trace) -> bool:
-    return bool(trace.data.spans) and trace.info.state.value != "IN_PROGRESS"
+    return bool(trace.data.spans) and _search.is_final(trace.info)
 
 
 def _no_trace(value: object) -> ConfigurationError:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+import time
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -31,6 +32,10 @@ BATCH = 50
 _AGO = re.compile(r"(\d+(?:\.\d+)?)\s*([smhdw])")
 _UNITS = {"s": 1, "m": 60, "h": 3_600, "d": 86_400, "w": 604_800}
 _SPANS_LOCATION = "mlflow.trace.spansLocation"
+_FINALIZED = "mlflow.trace.infoFinalized"
+_SIZE = "mlflow.trace.sizeStats"
+# Seconds within which the client writes the trace after its spans.
+_LATE_WRITE = 60.0
 _NEWEST_FIRST = ["timestamp_ms DESC"]
 
 
@@ -169,6 +174,21 @@ def traces(client: TracingClient, infos: Sequence[TraceInfo]) -> list[Trace]:
 def spans_are_in_store(info: TraceInfo) -> bool:
     """Whether a trace's spans are in the store itself, where others can be added to them."""
     return bool(info.tags.get(_SPANS_LOCATION) == "TRACKING_STORE")
+
+
+def is_final(info: TraceInfo) -> bool:
+    """Whether a trace has ended and MLflow's client is through with it.
+
+    The client writes spans first, then the trace, which takes the place of tags and assessments
+    that it has got between the two.
+    """
+    if info.state.value == "IN_PROGRESS":
+        return False
+    if info.trace_metadata.get(_FINALIZED) == "true" or _SIZE in info.trace_metadata:
+        return True
+    # Nothing tells so of those that came by OpenTelemetry's protocol, or are with older servers.
+    ended = (info.timestamp_ms + (info.execution_duration or 0)) / 1_000
+    return time.time() - ended > _LATE_WRITE
 
 
 def _found(
