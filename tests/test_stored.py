@@ -602,6 +602,36 @@ def test_a_trace_in_progress_is_left_alone(how, scorer, experiment):
     assert (row.status, len(scorer.exchanges)) == ("scored", 1)
 
 
+def test_a_trace_that_mlflow_has_not_written_whole_is_left_alone(scorer, experiment, monkeypatch):
+    """The write that is still to come would take away tags and assessments."""
+    with mlflow.start_span("llm", span_type="CHAT_MODEL") as span:
+        span.set_inputs(chat("early"))
+        span.set_outputs("an answer")
+    whole_trace = mlflow.get_trace(span.trace_id)
+    client = TracingClient()
+    mlflow.MlflowClient().delete_traces(experiment, trace_ids=[span.trace_id])
+    client.log_spans(experiment, whole_trace.data.spans)
+    (row,) = tt.score_traces(scorer=scorer).itertuples()
+    assert (row.status, scorer.exchanges) == ("pending", [])
+    client.start_trace(whole_trace.info)
+    (row,) = tt.score_traces(scorer=scorer).itertuples()
+    assert (row.status, row.prompt) == ("scored", "early")
+
+
+def test_a_trace_that_came_by_opentelemetry_is_scored_a_minute_later(scorer, experiment):
+    """Nothing tells of it that it is whole."""
+    at = time.time_ns() - 61 * 10**9
+    span = mlflow.start_span_no_context("llm", span_type="CHAT_MODEL", start_time_ns=at)
+    span.set_inputs(chat("early"))
+    span.set_outputs("an answer")
+    span.end(end_time_ns=at + 1)
+    spans = mlflow.get_trace(span.trace_id).data.spans
+    mlflow.MlflowClient().delete_traces(experiment, trace_ids=[span.trace_id])
+    TracingClient().log_spans(experiment, spans)
+    (row,) = tt.score_traces(scorer=scorer).itertuples()
+    assert row.status == "scored"
+
+
 def test_a_call_of_langchains_is_scored(sandbox, traces):
     """Once, though OpenAI's client is inside of it."""
     langchain_openai = pytest.importorskip("langchain_openai")

@@ -99,9 +99,10 @@ class Command:
                 self.said += line
                 self._changed.notify_all()
 
-    def wait_for(self, words):
+    def wait_for(self, words, times=1):
         with self._changed:
-            assert self._changed.wait_for(lambda: words in self.said, PATIENCE), self.said
+            heard = self._changed.wait_for(lambda: self.said.count(words) >= times, PATIENCE)
+            assert heard, self.said
 
     def send(self, number):
         self.process.send_signal(number)
@@ -340,9 +341,11 @@ def test_a_run_that_is_killed_again_and_again_ends_with_each_trace_scored_once(
     for _ in range(kills):
         running = command("score", "--max-concurrency", CONCURRENCY)
         seen = len(sandbox.requests("tlm"))
-        sandbox.wait_for("tlm", seen + moments.randint(1, 10), PATIENCE)
-        running.send(signal.SIGKILL)
-        running.end()
+        try:
+            sandbox.wait_for("tlm", seen + moments.randint(1, 10), PATIENCE)
+        finally:
+            running.send(signal.SIGKILL)
+            running.end()
         for trace in scored(traces(count)):
             assert len(trace.info.assessments) == 1
     assert main(["score", "--quiet"]) == 0
@@ -437,8 +440,7 @@ def test_several_may_watch(command, stock, sandbox, traces):
 @pytest.mark.long
 def test_watch_outlives_a_store_that_is_away(request, sandbox, store, tmp_path):
     """It says so and goes on; stopped meanwhile, it ends at once."""
-    with TrackingServer(folder=tmp_path / "server") as server:
-        (tmp_path / "server").mkdir(exist_ok=True)
+    with TrackingServer(folder=tmp_path) as server:
         mlflow.set_tracking_uri(server.uri)
         try:
             experiment = mlflow.set_experiment(request.node.nodeid).experiment_id
@@ -455,7 +457,7 @@ def test_watch_outlives_a_store_that_is_away(request, sandbox, store, tmp_path):
             server.restart()
             second = record("b")
             sandbox.wait_for("tlm", 2, PATIENCE)
-            watching.wait_for("Scored 1 calls in")
+            watching.wait_for("Scored 1 calls", times=2)
             server.kill()
             watching.send(signal.SIGTERM)
             assert watching.end()[0] == 0
