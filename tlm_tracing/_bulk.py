@@ -185,11 +185,12 @@ class Store:
             for experiment_id, some in _by_experiment(additions):
                 self._road.add(experiment_id, some)
         except NotImplementedError as error:
-            self._takes_spans = self._is_proven = False
-            _logger.warning(
-                "MLflow's server takes no spans: %s. Tags and assessments alone tell the scores.",
-                error,
-            )
+            is_news, self._takes_spans, self._is_proven = self._takes_spans, False, False
+            if is_news:
+                _logger.warning(
+                    "MLflow's server takes no spans: %s. Tags and assessments tell the scores.",
+                    error,
+                )
             return
         if not self._is_proven:
             self._is_proven = self._have_arrived(additions[0])
