@@ -317,18 +317,19 @@ def test_a_server_that_keeps_no_resources_is_found_out(gateway, server, through)
     "status", [404, *(pytest.param(status, marks=pytest.mark.long) for status in (405, 501))]
 )
 def test_a_server_that_takes_no_spans_gets_tags_and_assessments(
-    status, gateway, server, through, scorer, caplog
+    status, gateway, server, through, scorer, caplog, monkeypatch
 ):
     """It is said once, and the next run has nothing to do."""
+    monkeypatch.setattr(_run, "_BATCH", 2)
     gateway.rule = lambda path, body: status if path == OTLP else body
-    record(*map(str, range(60)))
+    record(*map(str, range(7)))
     score_through(gateway, server, through, scorer=scorer)
-    for trace in read(server, 60):
+    for trace in read(server, 7):
         assert_scored_once(trace, 0.9, spans=0)
     said = [one for one in caplog.records if "spans" in one.getMessage()]
     assert len([one for one in said if one.name == "tlm_tracing"]) == 1
     assert len(score_through(gateway, server, through, scorer=scorer)) == 0
-    assert len(scorer.exchanges) == 60
+    assert len(scorer.exchanges) == 7
 
 
 # Stores of older MLflows.
@@ -485,6 +486,7 @@ def test_a_store_that_is_away_for_a_while_is_waited_for(
     assert len(scorer.exchanges) == 3
 
 
+@pytest.mark.long
 @on_sqlite
 def test_a_store_that_stays_away_is_told(server, scorer, beginning, monkeypatch):
     """The next run scores what could not be written; nothing is there twice."""
