@@ -819,6 +819,20 @@ def test_a_score_that_came_since_a_trace_was_read_is_replaced(traces):
     assert scoring_of(trace).outputs["trust_score"] == 0.6
 
 
+def test_of_two_scorers_the_newer_score_is_known(traces):
+    """A trace whose tags got lost gets those of the newer one, and nobody is asked."""
+    record("a")
+    for score, name in ((0.9, "first"), (0.2, "second")):
+        tt.score_traces(scorer=FakeScorer(score, name=name), rescore=True)
+    (trace,) = traces(1)
+    for tag in ("trust_status", "trust_score"):
+        mlflow.delete_trace_tag(trace.info.trace_id, tag)
+    third = FakeScorer(0.5, name="third")
+    tt.score_traces(scorer=third)
+    assert third.exchanges == []
+    assert tags(traces(1)[0])["trust_score"] == "0.2000"
+
+
 @pytest.mark.parametrize("page", [1, 2, 3, 7])
 def test_traces_of_one_millisecond_are_all_found_while_they_are_written(page, experiment):
     """However small the pages, each exactly once."""
@@ -886,6 +900,8 @@ WRONG = {
     "a trace that is none": ({"traces": [1]}, "traces must be"),
     "traces that are none": ({"traces": 7}, "traces must be"),
     "a frame of something else": ({"traces": pd.DataFrame({"a": [1]})}, "trace_id"),
+    "traces and a search": ({"traces": ["tr-1"], "since": "1h"}, "either traces"),
+    "no experiment at all": ({"experiment_ids": []}, "list of experiments is empty"),
     "progress that is none": ({"progress": True}, "progress"),
     "no budget at all": ({"max_scores_per_minute": 0}, "max_scores_per_minute.*dry_run"),
 }
@@ -1034,11 +1050,16 @@ def test_a_function_scores_what_openais_client_would_give_it(is_async, asked):
     assert request["temperature"] == 0.5
 
 
-def test_no_more_are_in_flight_than_may_be(sandbox):
-    """Over all traces together."""
+@pytest.mark.parametrize("way", ["keyword", "configure", "environment"])
+def test_no_more_are_in_flight_than_may_be(way, sandbox, monkeypatch):
+    """Over all traces together, wherever it is set."""
     record(*map(str, range(10)))
     sandbox.default("tlm", delay=0.05)
-    tt.score_traces(max_concurrency=3)
+    if way == "configure":
+        tt.configure(max_concurrency=3)
+    elif way == "environment":
+        monkeypatch.setenv("TLM_TRACING_MAX_CONCURRENCY", "3")
+    tt.score_traces(**({"max_concurrency": 3} if way == "keyword" else {}))
     assert sandbox.max_in_flight("tlm") == 3
     assert len(sandbox.requests("tlm")) == 10
 

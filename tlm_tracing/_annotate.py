@@ -141,26 +141,35 @@ def assessment(trust: Trust, notes: Notes) -> Feedback:
 
 
 def assessed(info: TraceInfo, span_id: str) -> Trust | None:
-    """What an assessment of ours says of a call; None if there is none.
+    """What the newest assessment of ours says of a call; None if there is none.
 
     Args:
         info: The trace.
         span_id: The call's span.
     """
-    for item in info.assessments or ():
-        source = item.source.source_id if item.source else ""
-        is_ours = item.assessment_id == _assessment_id(info.trace_id, span_id, str(source))
-        if is_ours and isinstance(item, Feedback) and isinstance(item.value, (int, float)):
-            seconds = (item.metadata or {}).get("seconds")
-            return Trust(
-                score=float(item.value),
-                explanation=item.rationale,
-                trace_id=info.trace_id,
-                span_id=span_id,
-                scorer=source,
-                seconds=None if seconds is None else float(seconds),
-            )
-    return None
+    found = [item for item in info.assessments or () if _is_ours(item, info.trace_id, span_id)]
+    if not found:
+        return None
+    newest = max(found, key=lambda item: item.last_update_time_ms or 0)
+    seconds = (newest.metadata or {}).get("seconds")
+    return Trust(
+        score=float(newest.value),
+        explanation=newest.rationale or None,
+        trace_id=info.trace_id,
+        span_id=span_id,
+        scorer=newest.source.source_id,
+        seconds=None if seconds is None else float(seconds),
+    )
+
+
+def _is_ours(item: Any, trace_id: str, span_id: str) -> bool:
+    """Whether an assessment tells a score of ours; its id tells whose it is."""
+    return (
+        isinstance(item, Feedback)
+        and isinstance(item.value, (int, float))
+        and item.source is not None
+        and item.assessment_id == _assessment_id(trace_id, span_id, str(item.source.source_id))
+    )
 
 
 def read_trust(trace_id: str) -> Trust | None:

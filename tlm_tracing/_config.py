@@ -199,6 +199,12 @@ def resolve(*layers: Mapping[str, Any]) -> Config:
     return replace(config, **merged) if merged else config
 
 
+def is_set(name: str, *layers: Mapping[str, Any]) -> bool:
+    """Whether a setting is given anywhere: in these keywords, by ``configure()`` or outside."""
+    given = any(name in layer for layer in (*layers, _configured))
+    return given or bool(os.environ.get(_PREFIX + name.upper(), "").strip())
+
+
 def cleanlab_api_key() -> str | None:
     """The key in ``CLEANLAB_TLM_API_KEY``; None if it is unset or blank."""
     return os.environ.get("CLEANLAB_TLM_API_KEY", "").strip() or None

@@ -117,7 +117,7 @@ def _scoring() -> argparse.ArgumentParser:
         help="score no faster than that; the command waits",
     )
     found.add_argument(
-        "--max-concurrency", type=int, metavar="N", help="scores in flight at once (default: 32)"
+        "--max-concurrency", type=int, metavar="N", help="scores in flight at once (default: 64)"
     )
     found.add_argument(
         "--sample-rate",

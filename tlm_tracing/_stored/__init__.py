@@ -68,8 +68,8 @@ def score_traces(
         assessments: Whether each call gets its assessment, for which MLflow has the slowest
             road; without, tags and scoring span are all.
         **settings: Any of :class:`~tlm_tracing.Config`'s fields. ``max_scores_per_minute`` is
-            kept by waiting. ``mode``, ``threshold``, ``on_low`` and ``on_error`` have no meaning
-            here.
+            kept by waiting; ``max_concurrency`` is 64 unless it is set anywhere. ``mode``,
+            ``threshold``, ``on_low`` and ``on_error`` have no meaning here.
 
     Returns:
         One row for each call that was looked at, the least trustworthy first, with the columns

@@ -23,6 +23,8 @@ _UNSCORED = (
     f"tag.{STATUS_TAG} = 'partial'",
 )
 _EVERYTHING = (None,)
+# Nobody waits for the single score, and a server may take more than 32 in 0.2 s.
+_MAX_CONCURRENCY = 64
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,9 @@ def plan(
         raise ConfigurationError(f"limit must be a whole number of at least 1, not {limit!r}.")
     if progress is not None and not callable(progress):
         raise ConfigurationError("progress must be a callable or None.")
+    searched = (experiment_ids, experiment_names, filter_string, since, until)
+    if traces is not None and any(one is not None for one in searched):
+        raise ConfigurationError("Give either traces, or what to search for in MLflow, not both.")
     query = _search.query(experiment_ids, experiment_names, filter_string, since, until, shard)
     return Plan(
         client=TracingClient(),
@@ -136,6 +141,8 @@ def _settings(given: Mapping[str, Any], *, dry_run: bool) -> Config:
     _config.check(given)
     # What the application does with its own calls says nothing about those that are stored.
     config = replace(_config.resolve(given), mode="background", on_error="pass")
+    if not _config.is_set("max_concurrency", given):
+        config = replace(config, max_concurrency=_MAX_CONCURRENCY)
     if config.scorer is None and dry_run:
         config = replace(config, scorer="hosted")  # who is not asked
     if config.scorer is None:

@@ -96,6 +96,10 @@ def query(
     """
     found = [str(one) for one in _several(experiment_ids)]
     found += [_by_name(name) for name in _several(experiment_names)]
+    if not found and (experiment_ids, experiment_names) != (None, None):
+        raise ConfigurationError(
+            "The list of experiments is empty; without any list, the active experiment is meant."
+        )
     return Query(
         tuple(dict.fromkeys(found)) or (_active(),),
         (filter_string or "").strip() or None,
