@@ -201,9 +201,17 @@ def _scored(info: Any, trace: Stored) -> dict[str, Any]:
         "mlflow.traceRequestId": info.trace_id,
         "mlflow.spanType": "EVALUATOR",
         "mlflow.spanInputs": {"prompt": f"{SYSTEM}{row.prompt}", "response": row.response},
-        "mlflow.spanOutputs": {"trust_score": row.score, "explanation": row.explanation},
+        "mlflow.spanOutputs": {
+            "trust_score": row.score,
+            "explanation": row.explanation,
+            "status": "scored",
+        },
         "mlflow.chat.tokenUsage": {"input_tokens": 0, "output_tokens": 0, "total_tokens": 0},
         "tlm.trustworthiness_score": row.score,
+        "tlm.status": "scored",
+        "tlm.scorer": "cleanlab-tlm/medium",
+        "tlm.seconds": 0.2,
+        "tlm.scored_at": "2026-01-01T00:00:00+00:00",
     }
     span = {
         "trace_id": info.trace_id,

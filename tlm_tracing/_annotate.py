@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import threading
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from mlflow.entities import AssessmentSource, Feedback, TraceInfo
@@ -147,7 +147,7 @@ def assessed(info: TraceInfo, span_id: str) -> Trust | None:
         info: The trace.
         span_id: The call's span.
     """
-    found = [item for item in info.assessments or () if _is_ours(item, info.trace_id, span_id)]
+    found = list(_ours(info, span_id))
     if not found:
         return None
     newest = max(found, key=lambda item: item.last_update_time_ms or 0)
@@ -162,14 +162,13 @@ def assessed(info: TraceInfo, span_id: str) -> Trust | None:
     )
 
 
-def _is_ours(item: Any, trace_id: str, span_id: str) -> bool:
-    """Whether an assessment tells a score of ours; its id tells whose it is."""
-    return (
-        isinstance(item, Feedback)
-        and isinstance(item.value, (int, float))
-        and item.source is not None
-        and item.assessment_id == _assessment_id(trace_id, span_id, str(item.source.source_id))
-    )
+def _ours(info: TraceInfo, span_id: str) -> Iterator[Any]:
+    """A call's assessments that tell a score of ours; the id tells whose it is."""
+    for item in info.assessments or ():
+        if isinstance(item, Feedback) and isinstance(item.value, (int, float)) and item.source:
+            source = str(item.source.source_id)
+            if item.assessment_id == _assessment_id(info.trace_id, span_id, source):
+                yield item
 
 
 def read_trust(trace_id: str) -> Trust | None:

@@ -57,7 +57,7 @@ def ask(
     Args:
         endpoint: Where it comes from.
         request: The request body as sent.
-        completion: What OpenAI's client returned.
+        completion: What OpenAI's client returned; may be None if nobody reads it.
         answer: The same as plain data.
         config: The settings in force.
 
@@ -114,7 +114,7 @@ def _as_chat(
 
 def _with_choice(completion: Any, choice: int) -> Any:
     """A completion whose first choice is the one to be scored."""
-    if choice == 0:
+    if choice == 0 or completion is None:
         return completion
     return completion.model_copy(update={"choices": [completion.choices[choice]]})
 
@@ -162,6 +162,11 @@ def _key(exchange: Exchange, config: Config) -> Hashable | None:
     except (TypeError, ValueError, RecursionError):
         return None
     return (*_named(config), hashlib.sha256(written).digest())
+
+
+def reads_completion(config: Config) -> bool:
+    """Whether anybody looks at an answer as the object that OpenAI's client gives."""
+    return config.should_score is not None or not _reads_texts_only(config.scorer)
 
 
 def _reads_texts_only(scorer: Any) -> bool:

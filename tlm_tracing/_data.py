@@ -118,7 +118,8 @@ class Exchange:
     Attributes:
         request: The request body as sent (``messages``, ``model``, ``tools``, ...).
         completion: The answer, an ``openai.types.chat.ChatCompletion`` with the one choice that
-            is to be scored, or an ``openai.types.responses.Response``.
+            is to be scored, or an ``openai.types.responses.Response``. For a scorer whose
+            ``reads_texts_only`` is true, a stored one is not made again: None.
         prompt: The whole prompt as one text: system prompt, history and tools included.
         response: The answer to be scored as one text.
         timeout: Seconds that the score may take.

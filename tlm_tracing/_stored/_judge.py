@@ -64,6 +64,7 @@ class Judge:
         # The budget is kept here, by waiting; the scoring loop would refuse instead.
         self._config = replace(plan.config, max_scores_per_minute=None)
         self._readable = replace(self._config, sample_rate=1.0, should_score=None)
+        self._reads_completion = _asking.reads_completion(plan.config)
         self._slots = asyncio.Semaphore(plan.config.max_concurrency)
         self._hurry = asyncio.Event()
         self._next = 0.0
@@ -93,7 +94,7 @@ class Judge:
             return _pending(info, call)
         try:
             config = self._config if is_wanted else self._readable
-            completion = call.endpoint.construct(call.answer)
+            completion = call.endpoint.construct(call.answer) if self._reads_completion else None
             asked = _asking.ask(call.endpoint, call.request, completion, call.answer, config)
         except Unscorable as nothing:
             return _left(info, call, nothing.reason, known)
