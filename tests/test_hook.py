@@ -238,7 +238,7 @@ def test_when_openai_fails_the_caller_meets_what_the_bare_client_raises(
         "_record.visible",
         "_endpoints.chat.tools",
         "_endpoints.chat.attributes",
-        "_record._trust_attributes",
+        "_record.trust_attributes",
         "_live.root_has_ended",
     ],
 )

@@ -447,6 +447,7 @@ on_sqlite = pytest.mark.parametrize("server", ["sqlite"], indirect=True)
 on_postgres = pytest.mark.parametrize("server", ["postgresql"], indirect=True)
 
 
+@pytest.mark.long  # .ci/run asks for it, on SQLite
 def test_nothing_is_lost_when_the_server_is_killed_and_restarted(server, application):
     old = veterans(application, server.uri)
     server.kill()

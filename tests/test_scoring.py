@@ -200,8 +200,10 @@ def test_nothing_is_said_at_exit_after_inline_calls(sandbox, store, experiment, 
 
 @pytest.mark.parametrize(
     "use",
-    ["stream = ask(stream=True)", "stream = ask(stream=True); next(iter(stream))"],
-    ids=["unread", "begun"],
+    [
+        pytest.param("stream = ask(stream=True)", marks=pytest.mark.long, id="unread"),
+        pytest.param("stream = ask(stream=True); next(iter(stream))", id="begun"),
+    ],
 )
 def test_a_stream_that_is_open_at_exit_is_recorded(use, sandbox, store, experiment, application):
     done = run(f"{application}    tt.autolog()\n    {use}", sandbox, store)

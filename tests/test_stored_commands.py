@@ -276,7 +276,9 @@ def test_what_could_not_be_scored_ends_with_1(stock, sandbox, traces, capsys):
 # Signals.
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.long)]
+)
 def test_a_stop_waits_for_what_was_sent_and_says_how_to_go_on(
     number, command, stock, sandbox, traces
 ):

@@ -464,7 +464,8 @@ def beginning(scorer):
     scorer.release()
 
 
-@pytest.mark.parametrize("how", ["killed", pytest.param("paused", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("how", ["killed", "paused"])
 def test_a_store_that_is_away_for_a_while_is_waited_for(
     how, server, scorer, beginning, monkeypatch
 ):
