@@ -107,6 +107,29 @@ def asynchronous_export(monkeypatch: pytest.MonkeyPatch):
     mlflow.tracing.reset()
 
 
+def _server(backend: str, folder: Path):
+    from tlm_tracing.testing._tracking import TrackingServer, UnavailableError
+
+    try:
+        return TrackingServer(backend, folder=folder)
+    except UnavailableError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module")
+def sqlite_server(tmp_path_factory: pytest.TempPathFactory):
+    """A real MLflow server on SQLite, for all tests of a module. POSIX only."""
+    with _server("sqlite", tmp_path_factory.mktemp("server")) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def postgres_server(tmp_path_factory: pytest.TempPathFactory):
+    """The same on PostgreSQL; skips where that is not installed."""
+    with _server("postgresql", tmp_path_factory.mktemp("server")) as server:
+        yield server
+
+
 @pytest.fixture
 def scorer() -> FakeScorer:
     """A scorer that gives what it is told."""

@@ -29,7 +29,7 @@ import tlm_tracing as tt
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="the servers of the tests need POSIX")
 if os.name == "posix":
-    from tlm_tracing.testing._tracking import TrackingServer, UnavailableError, Wire
+    from tlm_tracing.testing._tracking import Wire
 
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 FIRST_CALL, LATER_CALL, END = 15.0, 2.0, 20.0
@@ -412,25 +412,6 @@ def assert_an_end_is_not_held_up(apps):
     for app in apps:
         app.has_ended(delivered=False)
     assert_no_problems(apps)
-
-
-def running(backend, folder):
-    try:
-        return TrackingServer(backend, folder=folder)
-    except UnavailableError as error:
-        pytest.skip(str(error))
-
-
-@pytest.fixture(scope="module")
-def sqlite_server(tmp_path_factory):
-    with running("sqlite", tmp_path_factory.mktemp("server")) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def postgres_server(tmp_path_factory):
-    with running("postgresql", tmp_path_factory.mktemp("server")) as server:
-        yield server
 
 
 @pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.long)])

@@ -24,29 +24,10 @@ from tlm_tracing.testing import FakeScorer
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="the servers of the tests need POSIX")
 if os.name == "posix":
-    from tlm_tracing.testing._tracking import TrackingServer, UnavailableError, Wire
+    from tlm_tracing.testing._tracking import Wire
 
 TAGS = ("trust_score", "explanation", "trust_status")
 OTLP = "/v1/traces"
-
-
-def running(backend, folder):
-    try:
-        return TrackingServer(backend, folder=folder)
-    except UnavailableError as error:
-        pytest.skip(str(error))
-
-
-@pytest.fixture(scope="module")
-def sqlite_server(tmp_path_factory):
-    with running("sqlite", tmp_path_factory.mktemp("server")) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def postgres_server(tmp_path_factory):
-    with running("postgresql", tmp_path_factory.mktemp("server")) as server:
-        yield server
 
 
 @pytest.fixture

@@ -65,6 +65,14 @@ class Addition:
     assessments: Sequence[Feedback] = ()
 
 
+def spans_are_in_store(info: TraceInfo) -> bool:
+    """Whether a trace's spans are in the store itself, where others can be added to them.
+
+    Of one whose spans are kept elsewhere, the store would then show those alone that were added.
+    """
+    return bool(info.tags.get("mlflow.trace.spansLocation") == "TRACKING_STORE")
+
+
 class _Road(Protocol):
     """How a kind of store is written to.
 
@@ -176,7 +184,7 @@ class Store:
         return self._road is not None and self._has_place_for_spans(addition)
 
     def _has_place_for_spans(self, addition: Addition) -> bool:
-        return self._takes_spans and bool(addition.spans) and _takes_spans(addition.info)
+        return self._takes_spans and bool(addition.spans) and spans_are_in_store(addition.info)
 
     def _add(self, additions: Sequence[Addition]) -> None:
         if self._road is None or not additions:
@@ -284,14 +292,6 @@ def _road(client: TracingClient) -> _Road | None:
     module: Any = sys.modules.get("mlflow.store.tracking.sqlalchemy_store")
     is_database = module is not None and isinstance(store, module.SqlAlchemyStore)
     return _Database(store) if is_database else None
-
-
-def _takes_spans(info: TraceInfo) -> bool:
-    """Whether spans can be added to a trace.
-
-    Of one whose spans are kept elsewhere, the store would then show those alone that were added.
-    """
-    return bool(info.tags.get("mlflow.trace.spansLocation") == "TRACKING_STORE")
 
 
 def _by_experiment(additions: Sequence[Addition]) -> Iterator[tuple[str, list[Addition]]]:

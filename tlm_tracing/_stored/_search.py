@@ -19,6 +19,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracing.client import TracingClient
 from mlflow.tracking.fluent import _get_experiment_id
 
+from tlm_tracing._bulk import spans_are_in_store
 from tlm_tracing.exceptions import ConfigurationError
 
 Moment: TypeAlias = datetime | timedelta | str | float | None
@@ -31,7 +32,6 @@ PAGE = 500
 BATCH = 50
 _AGO = re.compile(r"(\d+(?:\.\d+)?)\s*([smhdw])")
 _UNITS = {"s": 1, "m": 60, "h": 3_600, "d": 86_400, "w": 604_800}
-_SPANS_LOCATION = "mlflow.trace.spansLocation"
 _FINALIZED = "mlflow.trace.infoFinalized"
 _SIZE = "mlflow.trace.sizeStats"
 # Seconds within which the client writes the trace after its spans.
@@ -173,11 +173,6 @@ def traces(client: TracingClient, infos: Sequence[TraceInfo]) -> list[Trace]:
     for start in range(0, len(in_store), BATCH):
         found += _batch(client, in_store[start : start + BATCH])
     return found + _one_by_one(client, elsewhere)
-
-
-def spans_are_in_store(info: TraceInfo) -> bool:
-    """Whether a trace's spans are in the store itself, where others can be added to them."""
-    return bool(info.tags.get(_SPANS_LOCATION) == "TRACKING_STORE")
 
 
 def is_final(info: TraceInfo) -> bool:
