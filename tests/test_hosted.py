@@ -194,7 +194,7 @@ def test_an_unreachable_cleanlab_is_waited_for_once(sandbox, traces):
         completion = ask(client)
         assert completion.choices[0].message.content == "Paris."
         assert tt.trust(completion).reason == "scorer_unavailable"
-    assert time.monotonic() - started < 1
+    assert time.monotonic() - started < 10  # waited for each time, it would be 20
     traces(11)
 
 
