@@ -152,6 +152,15 @@ def test_score_shows_the_least_trustworthy_and_counts(stock, traces, capsys):
     assert_scored_once(scored(traces(5)), scores)
 
 
+def test_where_nothing_is_left_score_says_so(stock, capsys):
+    """And no table of nothing."""
+    stock(1)
+    assert main(["score", "--quiet"]) == 0
+    capsys.readouterr()
+    assert main(["score", "--quiet"]) == 0
+    assert capsys.readouterr().out == "Nothing to score: no trace without a score was found.\n"
+
+
 def test_score_gives_programs_one_object(stock, sandbox, capsys):
     """With all that the sentences tell."""
     scores = stock(3)

@@ -154,7 +154,9 @@ def test_several_experiments_are_written_each_to_its_own(server, request):
 
 
 @pytest.mark.parametrize(
-    "text", ["a" * 5_000, "läßt größe 🎉", "half a pair \ud83d", "nul \x00 end"]
+    "text",
+    ["a" * 5_000, "läßt größe 🎉", "half a pair \ud83d", "nul \x00 end"],
+    ids=["long", "not ASCII", "half a pair", "nul"],
 )
 def test_odd_explanations_are_written(text, server):
     """Cut to a tag's length, without what no database takes."""

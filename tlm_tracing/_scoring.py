@@ -319,7 +319,8 @@ async def _with_deadline(asking: Awaitable[Any], timeout: float) -> Any:
     await asyncio.wait(
         {task, _runtime.ending}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED
     )
-    if task.done():
+    # Some versions of aiohttp end a request whose time has run out as cancelled.
+    if task.done() and not task.cancelled():
         return task.result()
     task.cancel()
     task.add_done_callback(_forget)

@@ -141,7 +141,9 @@ def _tell(
 
 
 def _sentences(made: Plan, tally: Tally, progress: Progress) -> list[str]:
-    if made.dry_run:
+    if not progress.traces:
+        found = ["Nothing to score: no trace without a score was found."]
+    elif made.dry_run:
         found = [
             f"Would score {tally.pending:,} calls in {progress.traces:,} traces: "
             f"{progress.characters:,} characters would be sent. Nothing was sent or written."
