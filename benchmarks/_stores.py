@@ -363,7 +363,7 @@ class Template:
             }
             if "experiment_id" in values:
                 values["experiment_id"] = experiment_id
-            yield table, values
+            yield table, {name: _cut(table.c[name], value) for name, value in values.items()}
 
     def _told(self, trace: Stored, experiment_id: int, began_ms: int) -> dict[Any, Any]:
         """What of this trace becomes what of another: ids, times, texts."""
@@ -390,6 +390,11 @@ class Template:
 def _trace_id_of(table: sa.Table) -> sa.Column[Any] | None:
     names = ("trace_id",) if table.name in ("spans", "assessments") else ("request_id", "trace_id")
     return next((table.c[name] for name in names if name in table.c), None)
+
+
+def _cut(column: sa.Column[Any], value: Any) -> Any:
+    """A text no longer than its column, as MLflow cuts previews."""
+    return value[: getattr(column.type, "length", None)] if isinstance(value, str) else value
 
 
 def _base64(digits: str) -> str:
