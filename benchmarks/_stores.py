@@ -79,7 +79,7 @@ def rows(data: Path | None) -> list[Row]:
 
 
 def _text(made_up: random.Random, least: int, most: int) -> str:
-    words = []
+    words: list[str] = []
     while sum(map(len, words)) + len(words) < least:
         words.append("".join(made_up.choices("etaoinshrdlu", k=made_up.randint(2, 9))))
     return " ".join(words).capitalize()[:most] + "."
