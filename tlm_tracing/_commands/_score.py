@@ -18,14 +18,13 @@ from rich.text import Text
 
 from tlm_tracing._commands._asked import INTERRUPTED, asked, console, stoppable
 from tlm_tracing._data import Trust
-from tlm_tracing._report._table import Line, table
+from tlm_tracing._report._table import Line, short, table
 from tlm_tracing._stored._plan import Plan, plan
 from tlm_tracing._stored._rows import Progress, ScoredCall
 from tlm_tracing._stored._run import Run
 from tlm_tracing.exceptions import ConfigurationError, TLMTracingError
 
 _SAY_EVERY = 10.0
-_LONGEST = 400
 # Of those that another run may well score.
 _FAILED = ("scorer_unavailable", "scorer_error", "timeout", "queue_full")
 
@@ -181,12 +180,7 @@ def _as_data(made: Plan, tally: Tally, progress: Progress, *, is_stopped: bool) 
 
 def _line(row: ScoredCall) -> Line:
     trust = Trust(score=row.trust_score, explanation=row.explanation)
-    return Line(_short(row.prompt), _short(row.response), trust)
-
-
-def _short(text: str | None) -> str:
-    text = " ".join("".join(one if one.isprintable() else " " for one in text or "").split())
-    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 1]}…"
+    return Line(short(row.prompt or ""), short(row.response or ""), trust)
 
 
 class _Shown:

@@ -10,6 +10,7 @@ from rich.text import Text
 
 from tlm_tracing._data import Trust
 
+_LONGEST = 400
 COLOURS = {"low": "red", "middle": "yellow", "high": "green"}
 
 
@@ -50,6 +51,12 @@ def table(lines: Iterable[Line]) -> Table:
             Text(explanation or ""),
         )
     return found
+
+
+def short(text: str) -> str:
+    """A text on one line, without what a terminal would obey, and not too long for a table."""
+    text = " ".join("".join(one if one.isprintable() else " " for one in text).split())
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 1]}…"
 
 
 def level(score: float) -> str:

@@ -12,14 +12,12 @@ from rich.table import Table
 from rich.text import Text
 
 from tlm_tracing._report import _page, _row, _said
-from tlm_tracing._report._table import COLOURS, level
+from tlm_tracing._report._table import COLOURS, level, short
 
 if TYPE_CHECKING:
     from tlm_tracing._report._answers import Answers
     from tlm_tracing._report._find import Found
     from tlm_tracing._report._row import Row
-
-_LONGEST = 400
 
 
 def show(found: Found, threshold: float | None, page: str | None) -> None:
@@ -75,17 +73,12 @@ def _table(worst: Sequence[Row], uri: str | None) -> Table:
 def _texts(row: Row) -> list[Text]:
     facts = (row.trace_id, row.model, row.experiment, _said.moment(row.seconds))
     lines = (
-        Text(_short(row.prompt), "bold"),
-        Text(_short(row.response)),
-        Text(_short(row.explanation or ""), "italic"),
+        Text(short(row.prompt), "bold"),
+        Text(short(row.response)),
+        Text(short(row.explanation or ""), "italic"),
         Text("  ".join(fact for fact in facts if fact), "dim"),
     )
     return [line for line in lines if line]
-
-
-def _short(text: str) -> str:
-    text = " ".join("".join(one if one.isprintable() else " " for one in text).split())
-    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 1]}…"
 
 
 def _summary(answers: Answers, threshold: float | None) -> list[str]:
