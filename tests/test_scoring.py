@@ -198,6 +198,20 @@ def test_nothing_is_said_at_exit_after_inline_calls(sandbox, store, experiment, 
     assert stored(experiment)[0].info.tags["trust_status"] == "scored"
 
 
+def test_a_scorer_that_is_cancelled_from_within_is_late(sandbox, trace):
+    """As some versions of aiohttp end a request whose time has run out."""
+
+    async def cancelled(request, completion):
+        raise asyncio.CancelledError
+
+    client = tt.wrap_openai(openai.OpenAI(), scorer=cancelled)
+    completion = client.chat.completions.create(
+        model="gpt-4o", messages=[{"role": "user", "content": "Why?"}]
+    )
+    assert tt.trust(completion).reason == "timeout"
+    assert trace().info.tags["trust_status"] == "unscored"
+
+
 @pytest.mark.parametrize(
     "use",
     [
