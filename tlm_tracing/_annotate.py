@@ -42,27 +42,29 @@ class Notes(NamedTuple):
 
 
 def annotate_live(trust: Trust, notes: Notes) -> bool:
-    """Write a trust on its trace while MLflow holds that in memory, open or ended.
+    """Write a trust on its trace while that is in memory, open or ended.
 
     Args:
         trust: A settled trust with its trace and span ids.
         notes: What is told beside it.
 
     Returns:
-        False if MLflow no longer holds the trace; then :func:`annotate_stored` is the way.
+        False if the trace is in the store, or on its way; then :func:`annotate_stored` is the way.
     """
     if trust.trace_id is None:
         return True
     # MLflow's public calls either need the trace to be active in this very context, or write
     # to a store that does not know it yet (a foreign key fails, the tag is lost).
-    with _live.held(trust.trace_id) as trace:
-        if trace is None:
-            return False
-        changes = _changes(trace.info.tags, trust)
-        _apply(trace.info.tags, changes)
-        if trust.score is not None:
-            trace.info.assessments = _with(trace.info.assessments, assessment(trust, notes))
-    return True
+    for place in (_live.held, _exporter.kept):
+        with place(trust.trace_id) as trace:
+            if trace is None:
+                continue
+            changes = _changes(trace.info.tags, trust)
+            _apply(trace.info.tags, changes)
+            if trust.score is not None:
+                trace.info.assessments = _with(trace.info.assessments, assessment(trust, notes))
+            return True
+    return False
 
 
 def annotate_stored(trust: Trust, notes: Notes) -> bool:
@@ -177,8 +179,10 @@ def read_trust(trace_id: str) -> Trust | None:
     Args:
         trace_id: An MLflow trace id, of a trace in memory or in the store.
     """
-    with _live.held(trace_id) as trace:
-        tags = dict(trace.info.tags) if trace is not None else None
+    tags = None
+    for place in (_live.held, _exporter.kept):
+        with place(trace_id) as trace:
+            tags = dict(trace.info.tags) if trace is not None else tags
     if tags is None:
         try:
             tags = TracingClient().get_trace_info(trace_id).tags

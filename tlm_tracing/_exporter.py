@@ -10,7 +10,6 @@ Source: ``mlflow.tracing.export.mlflow_v3`` of MLflow 3.15 to 3.17.
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import socket
 import sys
@@ -18,8 +17,10 @@ import threading
 import time
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple, TypeVar
 
 from mlflow.entities import Span, Trace, TraceInfo
 from mlflow.exceptions import MlflowException
@@ -47,6 +48,9 @@ _FINAL = frozenset(
 )
 
 _FINALIZED = "mlflow.trace.infoFinalized"
+_TOKENS = "mlflow.trace.tokenUsage"
+# An open trace is shown in the store after so many seconds.
+_SOON = 5.0
 
 _seen: dict[str, float] = {}
 
@@ -57,9 +61,16 @@ class _Exporter(MlflowV3SpanExporter):
     MLflow's exporter objects become one of these: single inheritance, as for clients.
     """
 
+    # By trace id, what is not written yet: of open traces, and of those that have ended.
+    _parts: weakref.WeakValueDictionary[str, _outbox.Parcel]
+    _wholes: weakref.WeakValueDictionary[str, _outbox.Parcel]
+
     def export(self, spans: Any) -> Any:
         with _outbox.busy():  # it looks for IPython each time
-            return super().export(spans)
+            # Whole traces first: what is left then belongs to traces that are still open.
+            self._export_traces(spans)
+            if self._store_supports_log_spans:
+                self._export_spans_incrementally(spans)
 
     def _should_log_async(self) -> bool:
         return False  # so that what is to be written comes here, not into MLflow's queue
@@ -67,41 +78,121 @@ class _Exporter(MlflowV3SpanExporter):
     def _log_spans(
         self, experiment_id: str, spans: list[Span], workspace: str | None = None
     ) -> None:
-        self._post(functools.partial(self._write_spans, experiment_id, spans), workspace)
+        """Show an open trace in the store, unless it is whole soon."""
+        by_trace: dict[str, list[Span]] = {}
+        for span in spans:
+            by_trace.setdefault(span.trace_id, []).append(span)
+        for trace_id, some in by_trace.items():
+            part = _Part(experiment_id, [*self._taken_back(trace_id), *some], workspace)
+            self._parts[trace_id] = _outbox.post_together(self._write_parts, part, _SOON)
+
+    def _taken_back(self, trace_id: str) -> list[Span]:
+        parcel = self._parts.pop(trace_id, None)
+        part = None if parcel is None else _outbox.take_back(parcel)
+        return [] if part is None else part.spans
 
     def _log_trace(
         self, trace: Trace, prompts: Sequence[Any], workspace: str | None = None
     ) -> None:
-        self._post(functools.partial(self._write_trace, trace, prompts), workspace)
-
-    def _post(self, write: Callable[[], None], workspace: str | None) -> None:
-        def in_workspace() -> bool:
-            within = ServerWorkspaceContext(workspace) if workspace else contextlib.nullcontext()
-            with within, at_store(self._client):
-                write()
-            return True
-
-        parcel = _outbox.post(in_workspace)
+        self._taken_back(trace.info.trace_id)
+        parcel = _outbox.post_together(self._write_traces, _Whole(trace, prompts, workspace))
+        self._wholes[trace.info.trace_id] = parcel
         if not super()._should_log_async():
             _outbox.wait_for(parcel)
 
-    def _write_spans(self, experiment_id: str, spans: list[Span]) -> None:
-        if self._store_supports_log_spans:
-            self._store_supports_log_spans = log_spans(self._client, experiment_id, spans)
+    def _write_parts(self, parts: list[_Part]) -> None:
+        with at_store(self._client):
+            for workspace, some in _grouped(parts, lambda part: part.workspace):
+                with _within(workspace):
+                    self._write_spans((part.experiment_id, part.spans) for part in some)
 
-    def _write_trace(self, trace: Trace, prompts: Sequence[Any]) -> None:
+    def _write_traces(self, wholes: list[_Whole]) -> None:
+        with at_store(self._client):
+            for workspace, some in _grouped(wholes, lambda whole: whole.workspace):
+                with _within(workspace):
+                    self._write_whole(some)
+
+    def _write_whole(self, wholes: list[_Whole]) -> None:
+        """Write traces: what is known of each first, as that costs a store least, then spans."""
+        early = [whole for whole in wholes if _outlasts(whole.trace)]
+        self._write_spans(whole.spans for whole in early)
+        started = [self._start(whole.trace) for whole in wholes]
+        self._write_spans(whole.spans for whole in wholes if whole not in early)
+        for whole, info in zip(wholes, started, strict=True):
+            self._write_rest(whole, info)
+
+    def _start(self, trace: Trace) -> TraceInfo:
         add_size_stats_to_trace_metadata(trace)
-        stored = self._client.start_trace(trace.info)
-        if self._should_log_spans_to_artifacts(stored):
-            self._client._upload_trace_data(stored, trace.data)
+        return self._client.start_trace(trace.info)
+
+    def _write_spans(self, parts: Iterable[tuple[str, list[Span]]]) -> None:
+        for experiment_id, some in _grouped(parts, lambda part: part[0]):
+            spans = [span for _, spans in some for span in spans]
+            if spans and self._store_supports_log_spans:
+                self._store_supports_log_spans = log_spans(self._client, experiment_id, spans)
+
+    def _write_rest(self, whole: _Whole, info: TraceInfo) -> None:
+        trace = whole.trace
+        if not self._store_supports_log_spans:
+            self._client._upload_trace_data(info, trace.data)
         attachments: dict[str, Any] = {}
         for span in trace.data.spans:
             attachments.update(getattr(span, "_attachments", None) or {})
         if attachments:
-            self._client._upload_attachments(stored, attachments)
+            self._client._upload_attachments(info, attachments)
         try_link_prompts_to_trace(
-            client=self._client, trace_id=trace.info.trace_id, prompts=prompts, synchronous=True
+            client=self._client,
+            trace_id=trace.info.trace_id,
+            prompts=whole.prompts,
+            synchronous=True,
         )
+
+
+class _Part(NamedTuple):
+    """Spans of a trace that is still open."""
+
+    experiment_id: str
+    spans: list[Span]
+    workspace: str | None
+
+
+class _Whole(NamedTuple):
+    """A trace that has ended."""
+
+    trace: Trace
+    prompts: Sequence[Any]
+    workspace: str | None
+
+    @property
+    def spans(self) -> tuple[str, list[Span]]:
+        """Where they belong, and all of its spans."""
+        return str(self.trace.info.experiment_id), self.trace.data.spans
+
+
+T = TypeVar("T")
+
+
+def _grouped(items: Iterable[T], key: Callable[[T], Any]) -> Iterable[tuple[Any, list[T]]]:
+    groups: dict[Any, list[T]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    return groups.items()
+
+
+def _within(workspace: str | None) -> AbstractContextManager[Any]:
+    return ServerWorkspaceContext(workspace) if workspace else contextlib.nullcontext()
+
+
+def _outlasts(trace: Trace) -> bool:
+    """Whether a store would take a late span's time for the trace's, were it told last.
+
+    It does not if it knows the trace's tokens.
+    """
+    if _TOKENS in trace.info.trace_metadata:
+        return False
+    ends = [span.end_time_ns or 0 for span in trace.data.spans]
+    roots = [span.end_time_ns or 0 for span in trace.data.spans if span.parent_id is None]
+    return bool(roots) and max(ends) > max(roots)
 
 
 class _Queue(AsyncTraceExportQueue):
@@ -126,8 +217,37 @@ def adopt() -> None:
         return
     if hasattr(exporter, "_async_queue"):
         exporter._async_queue.__class__ = _Queue
+    for name in _Exporter.__annotations__:
+        setattr(exporter, name, weakref.WeakValueDictionary())
     exporter.__class__ = _Exporter
     _outbox.start()
+
+
+def is_adopted() -> bool:
+    """Whether MLflow's present exporter writes by way of the outbox."""
+    return type(_get_trace_exporter()) is _Exporter  # type: ignore[no-untyped-call]
+
+
+@contextlib.contextmanager
+def kept(trace_id: str) -> Iterator[Any]:
+    """Enter to have a trace that has ended, and its spans, before it is written.
+
+    Nobody writes it meanwhile; None if it is written, or just being so.
+    """
+    exporter: Any = _get_trace_exporter()  # type: ignore[no-untyped-call]
+    parcel = exporter._wholes.get(trace_id) if type(exporter) is _Exporter else None
+    if parcel is None:
+        yield None
+        return
+    with _outbox.waiting(parcel) as whole:
+        yield None if whole is None else whole.trace
+
+
+def is_being_written(trace_id: str) -> bool:
+    """Whether a trace that has ended is not yet written as a whole."""
+    exporter: Any = _get_trace_exporter()  # type: ignore[no-untyped-call]
+    parcel = exporter._wholes.get(trace_id) if type(exporter) is _Exporter else None
+    return parcel is not None and not parcel.written.is_set()
 
 
 def log_spans(client: TracingClient, experiment_id: str, spans: list[Span]) -> bool:

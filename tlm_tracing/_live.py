@@ -19,13 +19,21 @@ def held(trace_id: str) -> AbstractContextManager[Any]:
     return _manager().get_trace(trace_id)  # type: ignore[no-any-return]
 
 
-def root_has_ended(span: Any) -> bool:
-    """Whether the root of a span's trace has ended, and MLflow may let go of the trace."""
+def may_be_lost(span: Any, *, whole: bool) -> bool:
+    """Whether MLflow may let go of a span's trace without writing the span.
+
+    It holds a trace of which a span is open, but once the root has ended it lets go of it with
+    the first batch that it exports after that, and may not have put the last spans into it.
+
+    Args:
+        span: One that has just ended.
+        whole: Whether all spans of a trace are written with it, in a batch or not.
+    """
     if span.parent_id is None:
         return False
     with held(span.trace_id) as trace:
-        if trace is None:
-            return True
+        if trace is None or whole:
+            return trace is None
         root = trace.get_root_span()
         return root is not None and root.end_time_ns is not None
 

@@ -2,7 +2,8 @@
 
 Daemon threads write it, so that a store that is slow, locked or gone holds up neither a caller
 nor the end of the process. While the store is away, one write at a time finds out whether it is
-back; the others wait, up to a bound.
+back; the others wait, up to a bound. While the application makes calls, little is written at a
+time, so that the calls are not held up; the longer something waits, the more is.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from typing import Any
 
 from tlm_tracing import _threads
 
@@ -25,6 +27,16 @@ _logger = logging.getLogger("tlm_tracing")
 
 _MOST = 10_000
 _WRITERS = 4
+# Enough to share what a request costs, few enough for a fork or the end to wait for.
+_TOGETHER = 20
+# What waits longer, or is more, is written as fast as it goes. Until then a writer rests up to
+# so many times as long as it has written.
+_PATIENT_FOR = 20.0
+_PATIENT_UP_TO = 5_000
+_REST = 3.0
+_LONGEST_REST = 1.0
+# A call so long ago means that the application makes some.
+_BUSY_FOR = 0.25
 _FIRST_PAUSE = 0.1
 _LONGEST_PAUSE = 5.0
 _KEEP_TRYING = 60.0
@@ -43,25 +55,41 @@ _LAST_WORD = 3.0
 Write = Callable[[], bool]
 """Writes something; gives False if it can't be written yet. Exceptions are the store's."""
 
+WriteAll = Callable[[list[Any]], None]
+"""Writes several things of a kind at once; they can be written, and it does no harm to write them
+again. Exceptions are the store's."""
+
 
 class Refused(Exception):  # noqa: N818 - it tells what the store did
     """The store will never take this: to try again would be in vain."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Parcel:
     """Something to be written.
 
     Attributes:
+        item: What it is, if it is written together with others.
         written: Set when it is written, or given up.
     """
 
-    write: Write
+    write: Write | None = None
+    write_all: WriteAll | None = None
+    item: Any = None
+    posted: float = field(default_factory=time.monotonic)
+    is_held: bool = False
+    is_taken: bool = False
+    is_alone: bool = False
     failures: int = 0
     pause: float = _FIRST_PAUSE
     last_failure: float = 0.0
     waiting_since: float | None = None
     written: threading.Event = field(default_factory=threading.Event)
+
+    def goes_with(self, other: Parcel) -> bool:
+        """Whether both can be written at once."""
+        is_one_kind = self.write_all is not None and self.write_all == other.write_all
+        return is_one_kind and not self.is_alone and not other.is_alone
 
 
 class _Outbox:
@@ -90,20 +118,45 @@ class _Outbox:
         self._back_since = 0.0
         self._ended = 0.0
         self._slow_until = 0.0
+        self._flushes = 0
+        self._rest_until = 0.0
+        self.last_call = 0.0
         self._said: set[str] = set()
 
-    def post(self, write: Write) -> Parcel:
-        parcel = Parcel(write)
+    def post(self, parcel: Parcel, hold: float = 0.0) -> Parcel:
         with self.work:
             if self.unwritten >= _MOST:
                 self.lose(f"{_MOST} others wait already")
                 parcel.written.set()
                 return parcel
             self.unwritten += 1
-            self._due.append(parcel)
+            if hold and not self._flushes:
+                parcel.is_held = True
+                self._push(parcel, parcel.posted + hold)
+            else:
+                self._due.append(parcel)
             self.work.notify()
             self._start_another()
         return parcel
+
+    def take_back(self, parcel: Parcel) -> Any:
+        with self.work:
+            if not parcel.is_held:
+                return None
+            # It stays where it is until it would have been due.
+            parcel.is_held = False
+            item, parcel.item = parcel.item, None
+            self._finish(parcel)
+            return item
+
+    @contextlib.contextmanager
+    def waiting(self, parcel: Parcel) -> Iterator[Any]:
+        with self.work:
+            is_waiting = not parcel.is_taken and not parcel.written.is_set()
+            yield parcel.item if is_waiting else None
+
+    def _push(self, parcel: Parcel, due: float) -> None:
+        heapq.heappush(self._later, (due, next(self._numbers), parcel))
 
     def start(self) -> None:
         with self.work:
@@ -113,7 +166,9 @@ class _Outbox:
     def wait_for(self, parcel: Parcel) -> None:
         if self.is_away or time.monotonic() < self._slow_until:
             return
-        if not parcel.written.wait(_PATIENCE):
+        with self._hurrying():
+            is_written = parcel.written.wait(_PATIENCE)
+        if not is_written:
             self._slow_until = time.monotonic() + _IMPATIENT
 
     def _start_another(self) -> None:
@@ -128,39 +183,74 @@ class _Outbox:
 
     def _write_all(self) -> None:
         while True:
-            parcel = self._next()
+            parcels = self._next()
+            started = time.monotonic()
             try:
-                done = parcel.write()
+                done = _written(parcels)
             except Exception as error:
-                self._failed(parcel, error)
+                self._failed(parcels, error)
             else:
-                self._succeeded(parcel, done)
-            self._rest()
+                self._succeeded(parcels, done)
+            self._rest(time.monotonic() - started)
 
-    def _next(self) -> Parcel:
+    def _next(self) -> list[Parcel]:
         with self.work:
             while True:
                 now = time.monotonic()
                 while self._later and self._later[0][0] <= now:
-                    self._due.append(heapq.heappop(self._later)[2])
-                may_probe = not self._probing and now >= self._away_until
-                if self._due and not self._forks and (may_probe or not self.is_away):
+                    self._fall_due(heapq.heappop(self._later)[2])
+                if self._due and not self._forks and self._may_write(now):
                     self._probing = self.is_away
                     self._writing += 1
-                    parcel = self._due.popleft()
+                    parcels = self._taken()
                     self._start_another()
-                    return parcel
+                    return parcels
                 self._idle += 1
                 self.work.wait(self._time_to_next(now))
                 self._idle -= 1
 
+    def _fall_due(self, parcel: Parcel) -> None:
+        if not parcel.written.is_set():  # it was taken back otherwise
+            parcel.is_held = False
+            self._due.append(parcel)
+
+    def _may_write(self, now: float) -> bool:
+        if self.is_away:
+            return not self._probing and now >= self._away_until
+        urgency = self._urgency(now)
+        return self._writing < urgency * _WRITERS and (urgency >= 1 or now >= self._rest_until)
+
+    def _urgency(self, now: float) -> float:
+        """How much is to be written at a time, as a share of what there are threads for."""
+        if self._flushes or self.until is not None or now - self.last_call > _BUSY_FOR:
+            return 1.0
+        waited = (now - self._due[0].posted) / _PATIENT_FOR if self._due else 0.0
+        return min(1.0, max(waited, self.unwritten / _PATIENT_UP_TO, 1 / _WRITERS))
+
+    def _taken(self) -> list[Parcel]:
+        """The first that is due, and others that can be written with it."""
+        first = self._due.popleft()
+        taken = [first]
+        if first.write_all is not None:
+            rest: list[Parcel] = []
+            while self._due and len(taken) < _TOGETHER:
+                parcel = self._due.popleft()
+                (taken if parcel.goes_with(first) else rest).append(parcel)
+            self._due.extendleft(reversed(rest))
+        for parcel in taken:
+            parcel.is_taken = True
+        return taken
+
     def _time_to_next(self, now: float) -> float | None:
         times = [self._later[0][0]] if self._later else []
-        if self.is_away and self._due and not self._probing:
-            times.append(self._away_until)
+        if self._due and not self._forks:
+            if not self.is_away:
+                times.append(max(self._rest_until, now + _BUSY_FOR))
+            elif not self._probing:
+                times.append(self._away_until)
         return max(0.0, min(times) - now) if times else None
 
-    def _succeeded(self, parcel: Parcel, done: bool) -> None:
+    def _succeeded(self, parcels: list[Parcel], done: bool) -> None:
         with self.work:
             self._last_success = now = time.monotonic()
             was_away, self.is_away = self.is_away, False
@@ -168,12 +258,13 @@ class _Outbox:
             self._pause = _FIRST_PAUSE
             if was_away:
                 self._back_since = now
-            if done:
-                self._finish(parcel)
-            elif self._is_too_late(parcel, now):
-                self._drop(parcel, "the store has no such trace")
-            else:
-                self._postpone(parcel, now)
+            for parcel in parcels:
+                if done:
+                    self._finish(parcel)
+                elif self._is_too_late(parcel, now):
+                    self._drop(parcel, "the store has no such trace")
+                else:
+                    self._postpone(parcel, now)
             if was_away:
                 self.work.notify_all()
         if was_away and "away" in self._said:
@@ -188,14 +279,26 @@ class _Outbox:
         return tried > _KEEP_TRYING and not self._due
 
     def _postpone(self, parcel: Parcel, now: float) -> None:
-        heapq.heappush(self._later, (now + parcel.pause, next(self._numbers), parcel))
+        self._push(parcel, now + parcel.pause)
         parcel.pause = min(2 * parcel.pause, _LONGEST_PAUSE)
         self.work.notify()
 
-    def _failed(self, parcel: Parcel, error: Exception) -> None:
+    def _failed(self, parcels: list[Parcel], error: Exception) -> None:
+        parcel, *others = parcels
         with self.work:
             now = time.monotonic()
             self.last_error = error
+            for one in parcels:
+                one.is_taken = False
+            self._due.extendleft(reversed(others))
+            # One of them may be what the store does not take; each is tried by itself then.
+            for one in parcels if others and not isinstance(error, OSError) else ():
+                one.is_alone = True
+            if others and isinstance(error, Refused):
+                self._due.appendleft(parcel)
+                self._probing = False
+                self.work.notify()
+                return
             # What fails again and again while others are written is not the store's fault.
             if self._last_success > parcel.last_failure:
                 parcel.failures += 1
@@ -245,10 +348,14 @@ class _Outbox:
         finally:
             self._rest()
 
-    def _rest(self) -> None:
+    def _rest(self, written_for: float = 0.0) -> None:
         with self.work:
             self._writing -= 1
+            now = time.monotonic()
+            rest = min(written_for * _REST * (1 - self._urgency(now)), _LONGEST_REST)
+            self._rest_until = max(self._rest_until, now + rest)
             self.progress.notify_all()
+            self.work.notify()
 
     def fork(self) -> None:
         with self.work:
@@ -262,13 +369,33 @@ class _Outbox:
 
     def flush(self, timeout: float | None) -> bool:
         until = None if timeout is None else time.monotonic() + timeout
-        with self.work:
+        with self.work, self._hurrying():
+            self._let_go()
             while self.unwritten:
                 left = 1.0 if until is None else min(1.0, until - time.monotonic())
                 if left <= 0 or (self.until is not None and self._is_in_vain()):
                     return False
                 self.progress.wait(left)
         return True
+
+    @contextlib.contextmanager
+    def _hurrying(self) -> Iterator[None]:
+        """Somebody waits: all is written as fast as it goes."""
+        with self.work:
+            self._flushes += 1
+            self.work.notify_all()
+        try:
+            yield
+        finally:
+            with self.work:
+                self._flushes -= 1
+
+    def _let_go(self) -> None:
+        """Whatever is held is due now."""
+        for entry in [entry for entry in self._later if entry[2].is_held]:
+            self._later.remove(entry)
+            self._fall_due(entry[2])
+        heapq.heapify(self._later)
 
     def _is_in_vain(self) -> bool:
         now = time.monotonic()
@@ -282,13 +409,48 @@ class _Outbox:
                 self.until = self._ended + _LAST_FLUSH
 
 
+def _written(parcels: list[Parcel]) -> bool:
+    write, write_all = parcels[0].write, parcels[0].write_all
+    if write is not None:
+        return write()
+    if write_all is not None:
+        write_all([parcel.item for parcel in parcels])
+    return True
+
+
 def post(write: Write) -> Parcel:
     """Have something written soon, again and again until it is.
 
     Dropped, counted and logged when the store refuses it, when it can't be written within 60
     seconds although the store works, or when 10,000 others wait already.
     """
-    return _outbox.post(write)
+    return _outbox.post(Parcel(write))
+
+
+def post_together(write_all: WriteAll, item: Any, hold: float = 0.0) -> Parcel:
+    """The same for something that may be written together with others of its kind.
+
+    Args:
+        write_all: Writes them.
+        item: What is to be written.
+        hold: Seconds in which it may be taken back, and is not written but by a flush.
+    """
+    return _outbox.post(Parcel(write_all=write_all, item=item), hold)
+
+
+def take_back(parcel: Parcel) -> Any:
+    """Have a parcel that is still held not be written; gives its item, None if it is too late."""
+    return _outbox.take_back(parcel)
+
+
+def waiting(parcel: Parcel) -> AbstractContextManager[Any]:
+    """Enter to have a parcel's item, to be changed before it is written; None if it is too late."""
+    return _outbox.waiting(parcel)
+
+
+def called() -> None:
+    """The application makes a call, which is not to be held up."""
+    _outbox.last_call = time.monotonic()
 
 
 def busy() -> AbstractContextManager[None]:

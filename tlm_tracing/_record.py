@@ -52,6 +52,7 @@ class _Record:
     """
 
     def __init__(self, name: str, config: Config) -> None:
+        _outbox.called()
         self._visible = visible(config)
         self._captures = config.capture_content
         self._span = _start(name, "CHAIN", None)
@@ -112,9 +113,9 @@ class _Record:
         for span in spans:
             if span.end_time_ns is None:
                 span.end()
-        # MLflow holds such a trace while a span is open, but lets go of it with the first batch
-        # that it exports then, and loses the spans that have ended and are not in a batch yet.
-        if self._experiment_id is not None and _live.root_has_ended(self._span):
+        if self._experiment_id is None:
+            return
+        if _live.may_be_lost(self._span, whole=_exporter.is_adopted()):
             whole = [span.to_immutable_span() for span in spans]
             _outbox.post(functools.partial(_store, self._experiment_id, whole))
 
@@ -280,6 +281,11 @@ class CallRecord(_Record):
             key: json.dumps(value, default=str) for key, value in {**attributes, **shown}.items()
         }
         late = [Span.from_dict(told), self._scoring.to_immutable_span()]
+        with _exporter.kept(self._span.trace_id) as trace:
+            if trace is not None:
+                whole = {span.span_id: span for span in (*trace.data.spans, *late)}
+                trace.data.spans[:] = whole.values()
+                return
         _outbox.post(functools.partial(_store_late, self._experiment_id, late))
 
     def shown(self, trust: Trust) -> Trust:
@@ -418,7 +424,8 @@ def _store_late(experiment_id: str, spans: list[Span]) -> bool:
     """The same for a trace that MLflow writes by itself, but after it has."""
     client = TracingClient()
     with _exporter.at_store(client):
-        if _exporter.stored(client, spans[0].trace_id) is None:
+        trace_id = spans[0].trace_id
+        if _exporter.is_being_written(trace_id) or _exporter.stored(client, trace_id) is None:
             return False
         _exporter.log_spans(client, experiment_id, spans)
     return True
