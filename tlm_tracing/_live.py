@@ -38,6 +38,20 @@ def may_be_lost(span: Any, *, whole: bool) -> bool:
         return root is not None and root.end_time_ns is not None
 
 
+def copy(key: str, source: Any, target: Any) -> bool:
+    """Tell a span an attribute as another has it, which is written out already.
+
+    Returns:
+        Whether both are spans of MLflow's that are recorded; nothing is told otherwise.
+    """
+    if not (isinstance(source, LiveSpan) and isinstance(target, LiveSpan)):
+        return False
+    written: Any = source._span
+    open_one: Any = target._span
+    open_one.set_attribute(key, written.attributes[key])
+    return True
+
+
 def discard(otel_trace_id: int, span_id: str) -> bool:
     """Have MLflow forget an open LLM span that somebody else has started, not the active one.
 

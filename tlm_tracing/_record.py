@@ -30,6 +30,7 @@ _NO_OP_TRACE_ID = "MLFLOW_NO_OP_SPAN_TRACE_ID"
 # As MLflow stores and shows them.
 _MESSAGE_FORMAT = "mlflow.message.format"
 _TOOLS = "mlflow.chat.tools"
+_INPUTS = "mlflow.spanInputs"
 _OUTPUTS = "mlflow.spanOutputs"
 _USAGE = "mlflow.chat.tokenUsage"
 _NO_TOKENS = ("input_tokens", "output_tokens", "total_tokens")
@@ -144,11 +145,15 @@ class CallRecord(_Record):
         self._endpoint = endpoint
         self._llm = _start(f"openai.{endpoint.NAME}", "CHAT_MODEL", self._span)
         self._scoring: AnySpan | None = None
+        self._answer: Any = None
+        self._shown_answer: Any = None
         self._is_let_go = False
         try:
             recorded = self._visible(request)
+            # Not set_inputs: it looks for pictures to be stored apart, which are not recorded.
+            self._llm.set_attribute(_INPUTS, recorded)
+            self._have_too(_INPUTS, recorded)
             for span in (self._span, self._llm):
-                span.set_inputs(recorded)
                 span.set_attribute(_MESSAGE_FORMAT, "openai")
             self._preview(recorded)
             if config.threshold is not None:
@@ -166,6 +171,18 @@ class CallRecord(_Record):
         except BaseException:
             self.abandon()
             raise
+
+    def _have_too(self, key: str, value: Any) -> None:
+        """Tell the call's parent span what its LLM span tells already."""
+        if not _live.copy(key, self._llm, self._span):
+            self._span.set_attribute(key, value)
+
+    def outputs(self, value: Any) -> None:
+        """Record what the caller gets."""
+        if value is not None and value is self._answer:
+            self._have_too(_OUTPUTS, self._shown_answer)
+        else:
+            super().outputs(value)
 
     def retried(self, number: int) -> None:
         """Note that the request is sent again, for the first, second, ... time."""
@@ -217,7 +234,7 @@ class CallRecord(_Record):
             is_partial: Whether the prompt lacks turns that only OpenAI knows.
         """
         self._scoring = _start("tlm.trustworthiness", "EVALUATOR", self._span)
-        self._scoring.set_inputs(self._visible(texts(prompt, responses)))
+        self._scoring.set_attribute(_INPUTS, self._visible(texts(prompt, responses)))
         if is_partial:
             self._scoring.set_attribute("tlm.prompt_is_partial", True)
 
@@ -232,7 +249,7 @@ class CallRecord(_Record):
         span = self._scoring
         if span is None:
             return
-        span.set_outputs(self._visible(told(trust)))
+        span.set_attribute(_OUTPUTS, self._visible(told(trust)))
         span.set_attributes(trust_attributes(trust))
         if is_cached:
             span.set_attribute("tlm.cached", True)
@@ -308,7 +325,8 @@ class CallRecord(_Record):
 
     def _note_answer(self, answer: Any, first_token: float | None, outcome: str | None) -> None:
         if answer is not None:
-            self._llm.set_outputs(self._visible(answer))
+            self._answer, self._shown_answer = answer, self._visible(answer)
+            self._llm.set_attribute(_OUTPUTS, self._shown_answer)
         if isinstance(answer, Mapping):
             self._note(
                 {
