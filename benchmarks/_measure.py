@@ -405,7 +405,11 @@ def _version(package: str) -> str | None:
 
 
 def parser(
-    doc: str | None, *, rounds: int | None = None, calls: int | None = None
+    doc: str | None,
+    *,
+    rounds: int | None = None,
+    calls: int | None = None,
+    ways: bool = True,
 ) -> argparse.ArgumentParser:
     """The options that most benchmarks have.
 
@@ -413,13 +417,15 @@ def parser(
         doc: The benchmark's description; its first line is shown.
         rounds: How often each variant takes its turn, by default.
         calls: How many calls it makes then, by default.
+        ways: Whether some of the ways can be chosen.
     """
     found = argparse.ArgumentParser(description=(doc or "").partition("\n")[0])
     if rounds is not None:
         found.add_argument("--rounds", type=int, default=rounds)
     if calls is not None:
         found.add_argument("--calls", type=int, default=calls, help="of each variant in a round")
-    found.add_argument("--only", nargs="+", metavar="WAY", help="of the ways, and no goals")
+    if ways:
+        found.add_argument("--only", nargs="+", metavar="WAY", help="of these ways, and bare")
     found.add_argument("--out", type=Path, metavar="FILE.json")
     found.add_argument("--markdown", type=Path, metavar="FILE.md")
     found.add_argument("--serve", type=json.loads, help=argparse.SUPPRESS)

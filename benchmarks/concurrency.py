@@ -223,7 +223,7 @@ def main() -> int:
             for calls, rounds, how in sizes
         ]
     tables = [table(*one) for one in found]
-    judged = [] if options.only else [each for one in found for each in verdicts(*one)]
+    judged = [each for one in found for each in verdicts(*one)]
     kept = [dict(zip(("title", "rounds", "whole"), one, strict=True)) for one in found]
     return tell(options, where, tables, judged, kept)
 

@@ -140,8 +140,7 @@ def main() -> int:
         return 0
     where = about(calls=options.calls, export=options.export)
     rounds = run(options)
-    judged = [] if options.only else verdicts(rounds)
-    return tell(options, where, tables(rounds), judged, rounds)
+    return tell(options, where, tables(rounds), verdicts(rounds), rounds)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,6 @@ from _measure import (
     Found,
     Job,
     Rounds,
-    Spread,
     Stage,
     Table,
     Verdict,
@@ -121,28 +120,28 @@ def table(rounds: Rounds) -> Table:
 
 
 def verdicts(rounds: Rounds) -> list[Verdict]:
-    """Compare with the goals."""
+    """Compare those that there are with the goals."""
+    found = []
+    if OUTSIDE in rounds:
+        times = ratio(rounds, OUTSIDE, "cpu", to=BARE)
+        found.append(at_most("outside, CPU beside bare", times, OUTSIDE_CPU))
+    for goal, ours, name, most in (
+        ("recorded, extra CPU", RECORDED, "cpu", RECORDED_CPU),
+        ("recorded, extra latency (p50)", RECORDED, "p50", 1.0),
+        ("background, extra CPU of the caller", BACKGROUND, "caller cpu", 1.0),
+    ):
+        if {ours, AUTOLOG} <= rounds.keys():
+            extra = [spread(rounds, one, name, beyond=BARE).median for one in (ours, AUTOLOG)]
+            found.append(_beside_autolog(goal, *extra, most))
+    return found
 
-    def beyond(variant: str, name: str) -> Spread:
-        return spread(rounds, variant, name, beyond=BARE)
 
-    def within(goal: str, ours: Spread, theirs: Spread, most: float) -> Verdict:
-        limit = f"at most {most:g} times " if most != 1 else "at most "
-        found = f"{ours.median:.2f} and {theirs.median:.2f} ms"
-        if theirs.median > 0:
-            found += f", that is {ours.median / theirs.median:.2f} times"
-        return Verdict(f"{goal}, {limit}autolog's", ours.median <= most * theirs.median, found)
-
-    cpu, caller_cpu, p50 = "cpu", "caller cpu", "p50"
-    return [
-        at_most("outside, CPU beside bare", ratio(rounds, OUTSIDE, cpu, to=BARE), OUTSIDE_CPU),
-        within("recorded, extra CPU", beyond(RECORDED, cpu), beyond(AUTOLOG, cpu), RECORDED_CPU),
-        within("recorded, extra latency (p50)", beyond(RECORDED, p50), beyond(AUTOLOG, p50), 1),
-        within(
-            "background, extra CPU of the caller",
-            *(beyond(BACKGROUND, caller_cpu), beyond(AUTOLOG, caller_cpu), 1),
-        ),
-    ]
+def _beside_autolog(goal: str, ours: float, theirs: float, most: float) -> Verdict:
+    limit = f"at most {most:g} times" if most != 1 else "at most"
+    shown = f"{ours:.2f} and {theirs:.2f} ms"
+    if theirs > 0:
+        shown += f", that is {ours / theirs:.2f} times"
+    return Verdict(f"{goal}, {limit} autolog's", ours <= most * theirs, shown)
 
 
 def run(options: argparse.Namespace) -> dict[str, list[Found]]:
@@ -177,8 +176,7 @@ def main() -> int:
     options.export = ["off", *(one for one in options.export if one != "off")]
     where_measured = about(PACKAGES, calls=options.calls, rounds=options.rounds)
     rounds = run(options)
-    judged = [] if options.only else verdicts(rounds)
-    return tell(options, where_measured, [table(rounds)], judged, rounds)
+    return tell(options, where_measured, [table(rounds)], verdicts(rounds), rounds)
 
 
 if __name__ == "__main__":
