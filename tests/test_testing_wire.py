@@ -444,7 +444,13 @@ def test_each_endpoint_answers_in_its_own_shape(sandbox):
 def test_retrieval_is_scored_with_its_evals(sandbox, task):
     path = f"/v1/rag_trustworthy_llm/{task}"
     sandbox.answer("Q?", "2", score=0.5)
-    found = scored(sandbox, "long prompt", query="Q?", evals=[{"name": "clarity"}], path=path)
+    clarity = {
+        "name": "clarity",
+        "criteria": "Is the Answer clear?",
+        "response_identifier": "Answer",
+    }
+    asked = {"query": "Q?", "context": "C", "evals": [clarity], "quality": "medium"}
+    found = scored(sandbox, "long prompt", **asked, path=path)
     assert found["trustworthiness"]["score"] == 0.5
     assert 0 <= found["clarity"]["score"] <= 1
     assert (found.get("response") == "2") == (task == "generate")

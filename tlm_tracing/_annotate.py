@@ -6,6 +6,7 @@ import hashlib
 import threading
 import unicodedata
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from mlflow.entities import AssessmentSource, Feedback, TraceInfo
@@ -61,8 +62,8 @@ def annotate_live(trust: Trust, notes: Notes) -> bool:
                 continue
             changes = _changes(trace.info.tags, trust)
             _apply(trace.info.tags, changes)
-            if trust.score is not None:
-                trace.info.assessments = _with(trace.info.assessments, assessment(trust, notes))
+            for feedback in assessments(trust, notes):
+                trace.info.assessments = _with(trace.info.assessments, feedback)
             return True
     return False
 
@@ -89,8 +90,8 @@ def annotate_stored(trust: Trust, notes: Notes) -> bool:
         info = _exporter.stored(client, trust.trace_id)
         if info is None:
             return False
-        if trust.score is not None:
-            _store_assessment(client, info, assessment(trust, notes))
+        for feedback in assessments(trust, notes):
+            _store_assessment(client, info, feedback)
         for key, value in _changes(info.tags, trust).items():
             if value is not None:
                 client.set_trace_tag(trust.trace_id, key, value)
@@ -114,12 +115,32 @@ def tags(trusts: Iterable[Trust]) -> dict[str, str | None]:
     return found
 
 
-def assessment(trust: Trust, notes: Notes) -> Feedback:
+def assessments(trust: Trust, notes: Notes) -> list[Feedback]:
+    """The assessments that tell a trust: its own first, then one for each of its evals.
+
+    Args:
+        trust: A settled one with its trace and span ids; one without a score has none.
+        notes: What is told beside it.
+    """
+    if trust.score is None:
+        return []
+    evals = (trust.evals or {}).items()
+    return [
+        assessment(trust, notes),
+        *(
+            assessment(replace(trust, score=one, explanation=None), notes, name)
+            for name, one in evals
+        ),
+    ]
+
+
+def assessment(trust: Trust, notes: Notes, name: str = ASSESSMENT) -> Feedback:
     """The assessment that tells a trust; the same call and scorer always give it the same id.
 
     Args:
         trust: A scored one with its trace and span ids.
         notes: What is told beside it.
+        name: What the score is called.
     """
     source = trust.scorer or "unknown"
     metadata = {
@@ -130,7 +151,7 @@ def assessment(trust: Trust, notes: Notes) -> Feedback:
         "llm_model": notes.llm_model,
     }
     feedback = Feedback(
-        name=ASSESSMENT,
+        name=name,
         value=trust.score,
         rationale=None if trust.explanation is None else fit(trust.explanation, 1 << 20),
         source=AssessmentSource(source_type="LLM_JUDGE", source_id=source),
@@ -138,7 +159,7 @@ def assessment(trust: Trust, notes: Notes) -> Feedback:
         trace_id=trust.trace_id,
         span_id=trust.span_id,
     )
-    feedback.assessment_id = _assessment_id(str(trust.trace_id), str(trust.span_id), source)
+    feedback.assessment_id = _assessment_id(str(trust.trace_id), str(trust.span_id), source, name)
     return feedback
 
 
@@ -235,9 +256,9 @@ def _apply(tags: dict[str, str], changes: dict[str, str | None]) -> None:
             tags[key] = value
 
 
-def _assessment_id(trace_id: str, span_id: str, source: str) -> str:
+def _assessment_id(trace_id: str, span_id: str, source: str, name: str = ASSESSMENT) -> str:
     """The same for the same call and scorer, so that a second score replaces the first."""
-    key = "\x1f".join((trace_id, span_id, ASSESSMENT, source))
+    key = "\x1f".join((trace_id, span_id, name, source))
     return "a-" + hashlib.sha256(key.encode()).hexdigest()[:32]
 
 

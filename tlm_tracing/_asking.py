@@ -18,8 +18,9 @@ from tlm_tracing import _cache, _record, _scope, _scoring, scorers
 from tlm_tracing._config import Config, cleanlab_api_key, cleanlab_base_url
 from tlm_tracing._data import Exchange, Scorer
 from tlm_tracing._endpoints import Endpoint
-from tlm_tracing._messages import Unscorable, render
+from tlm_tracing._messages import Unscorable, question, render
 from tlm_tracing._returned import plain
+from tlm_tracing._scope import Retrieved
 from tlm_tracing._scoring import Verdict
 
 _logger = logging.getLogger("tlm_tracing")
@@ -41,16 +42,25 @@ class Asked(NamedTuple):
         responses: The text of each choice that can be scored.
         is_partial: Whether the prompt lacks turns that only OpenAI knows.
         send: Asks for the scores; gives a future that always gets one verdict on the answer.
+        query: What the context was retrieved for; None if none is named.
+        context: What was retrieved; None if none is named.
     """
 
     prompt: str
     responses: list[str]
     is_partial: bool
     send: Callable[[], Future[Verdict]]
+    query: str | None = None
+    context: str | None = None
 
 
 def ask(
-    endpoint: Endpoint, request: Mapping[str, Any], completion: Any, answer: Any, config: Config
+    endpoint: Endpoint,
+    request: Mapping[str, Any],
+    completion: Any,
+    answer: Any,
+    config: Config,
+    retrieved: Retrieved | None = None,
 ) -> Asked:
     """Prepare to ask for the trust in an answer.
 
@@ -60,6 +70,7 @@ def ask(
         completion: What OpenAI's client returned; may be None if nobody reads it.
         answer: The same as plain data.
         config: The settings in force.
+        retrieved: The context that the user has named for it.
 
     Raises:
         Unscorable: If this answer is not to be scored, or has nothing to score; says why.
@@ -80,6 +91,7 @@ def ask(
         raise Unscorable("sampled_out")
     asked, given = _as_chat(endpoint, request, answer)
     schema = _masked_schema(config, endpoint.response_format(request))
+    query, context = _masked_context(config, retrieved, asked)
 
     def exchange(choice: int) -> Exchange | Unscorable:
         try:
@@ -87,7 +99,8 @@ def ask(
         except Unscorable as nothing:
             return nothing
         one = _with_choice(completion, choice)
-        return Exchange(request, one, prompt, response, config.timeout, schema)
+        wanted = prompt if context is not None and query is None else query
+        return Exchange(request, one, prompt, response, config.timeout, schema, wanted, context)
 
     found = [exchange(choice) for choice in range(max(1, len(given.get("choices") or ())))]
     exchanges = [one for one in found if isinstance(one, Exchange)]
@@ -98,6 +111,8 @@ def ask(
         [one.response for one in exchanges],
         bool(asked.get("prompt_is_partial")),
         functools.partial(_send, found, config),
+        exchanges[0].query,
+        exchanges[0].context,
     )
 
 
@@ -144,7 +159,7 @@ def _send(found: list[Exchange | Unscorable], config: Config) -> Future[Verdict]
 
 def _submit(exchange: Exchange, config: Config) -> Future[Verdict]:
     def send() -> Future[Verdict]:
-        scorers.load(config.scorer)
+        scorers.load(config.scorer, has_context=exchange.context is not None)
         find = functools.partial(scorer, config)
         return _scoring.submit(find, functools.partial(_ask, exchange), config)
 
@@ -154,7 +169,8 @@ def _submit(exchange: Exchange, config: Config) -> Future[Verdict]:
 
 def _key(exchange: Exchange, config: Config) -> Hashable | None:
     """What a score is of, and whose; None if that cannot be told."""
-    seen = [exchange.prompt, exchange.response, exchange.response_format]
+    seen: list[Any] = [exchange.prompt, exchange.response, exchange.response_format]
+    seen += [exchange.query, exchange.context]
     if not _reads_texts_only(config.scorer):
         seen += [exchange.request, _lasting(plain(exchange.completion))]
     try:
@@ -274,6 +290,16 @@ def _masked(config: Config, text: str) -> str:
     except Exception:
         # What could not be masked must not leave.
         raise Unscorable("scorer_error") from None
+
+
+def _masked_context(
+    config: Config, retrieved: Retrieved | None, asked: Mapping[str, Any]
+) -> tuple[str | None, str | None]:
+    """Query and context as they may leave; None for a query that can't be told."""
+    if retrieved is None:
+        return None, None
+    query = retrieved.query or question(asked)
+    return None if query is None else _masked(config, query), _masked(config, retrieved.context)
 
 
 def _masked_schema(config: Config, value: Any, key: str = "") -> Any:

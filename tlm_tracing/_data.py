@@ -47,6 +47,9 @@ class Trust:
         choices: With several choices, the trust in each of them in their order; the rest of
             this trust is the first one's.
         fields: The trust in each field of a structured answer, if the scorer gave it.
+        evals: What else the scorer says of an answer whose context was named: scores in [0, 1],
+            by Cleanlab's names ``context_sufficiency``, ``response_groundedness``,
+            ``response_helpfulness`` and ``query_ease``, or the scorer's own.
     """
 
     score: float | None = None
@@ -59,6 +62,7 @@ class Trust:
     seconds: float | None = None
     choices: tuple[Trust, ...] = ()
     fields: Mapping[str, Trust] | None = field(default=None, hash=False)
+    evals: Mapping[str, float] | None = field(default=None, hash=False)
     _settled: Future[Trust] | None = field(default=None, repr=False, compare=False)
 
     @classmethod
@@ -125,6 +129,9 @@ class Exchange:
         timeout: Seconds that the score may take.
         response_format: The output format asked for, as chat completions put it; None for
             free text.
+        query: What the user wants to know, if a context is named.
+        context: What was retrieved to answer it, as one text, if the user has named it; it may
+            be empty, when nothing was found.
     """
 
     request: Mapping[str, Any]
@@ -133,11 +140,15 @@ class Exchange:
     response: str
     timeout: float
     response_format: Mapping[str, Any] | None = None
+    query: str | None = None
+    context: str | None = None
 
 
 ScoreResult: TypeAlias = float | Trust | Mapping[str, Any]
 """What a scorer may return: a score, a Trust, or Cleanlab's dict
-``{"trustworthiness_score": float, "log": {"explanation": str, "per_field_score": {...}}}``."""
+``{"trustworthiness_score": float, "log": {"explanation": str, "per_field_score": {...}},
+"evals": {...}}``, or that of its ``TrustworthyRAG``,
+``{"trustworthiness": {"score": float, "log": {...}}, "context_sufficiency": {"score": float}}``."""
 
 ScoreFunction: TypeAlias = Callable[[Mapping[str, Any], Any], Any]
 """A sync or async function ``(request, completion) -> float, Trust or dict``."""

@@ -75,6 +75,20 @@ def render(
         raise Unscorable("unsupported_content") from None
 
 
+def question(request: Mapping[str, Any]) -> str | None:
+    """What the user asked last, as text; None if that can't be told.
+
+    Args:
+        request: As for :func:`render`.
+    """
+    with contextlib.suppress(Exception):  # a shape that nobody has thought of
+        asked = [_plain(message) for message in _items(request.get("messages"))]
+        said = [_text(one.get("content")) for one in asked if one.get("role", "user") == "user"]
+        if said and said[-1].strip():
+            return _clean(said[-1])
+    return None
+
+
 def _prompt(request: Mapping[str, Any]) -> str:
     messages = [_plain(message) for message in _items(request.get("messages"))]
     if not messages:

@@ -107,6 +107,7 @@ class Call:
         self._config = config
         self._started = time.monotonic()
         self._scopes = scope.chain() if (scope := _scope.current()) else []
+        self._retrieved = _scope.retrieved_for(self._scopes)
         self._record = _record.CallRecord(
             request, endpoint=endpoint, provider=provider, config=config
         )
@@ -281,10 +282,23 @@ class Call:
     def _ask(self, completion: Any) -> Future[Verdict]:
         """Ask for the score; the verdict may be there at once."""
         try:
-            asked = _asking.ask(self.endpoint, self.request, completion, self.answer, self._config)
+            asked = _asking.ask(
+                self.endpoint,
+                self.request,
+                completion,
+                self.answer,
+                self._config,
+                self._retrieved,
+            )
         except Unscorable as nothing:
             return _scoring.unscored(nothing.reason)
-        self._record.scoring_started(asked.prompt, asked.responses, is_partial=asked.is_partial)
+        self._record.scoring_started(
+            asked.prompt,
+            asked.responses,
+            is_partial=asked.is_partial,
+            query=asked.query,
+            context=asked.context,
+        )
         if _scoring.pending() >= _MOST_HELD:
             self._record.let_go(self.answer)
         return asked.send()

@@ -41,6 +41,9 @@ _TRACEPARENT = re.compile("[0-9a-f]{2}-([0-9a-f]{32})-([0-9a-f]{16})-[0-9a-f]{2}
 CONTENT = "tlm.content"
 """What is recorded of a call in place of its texts: ``"shape"`` or ``"masked"``; else absent."""
 
+EVALS = "tlm.evals."
+"""How the attributes begin that tell what a scorer says beside the trust."""
+
 AnySpan: TypeAlias = LiveSpan | _ready.LaterSpan
 
 
@@ -225,16 +228,27 @@ class CallRecord(_Record):
         self._llm.end()
         _set_error(self._span, _named(error, self._visible))
 
-    def scoring_started(self, prompt: str, responses: list[str], *, is_partial: bool) -> None:
+    def scoring_started(
+        self,
+        prompt: str,
+        responses: list[str],
+        *,
+        is_partial: bool,
+        query: str | None = None,
+        context: str | None = None,
+    ) -> None:
         """Open the scoring span with the texts as they are scored.
 
         Args:
             prompt: The prompt.
             responses: The answer; with several choices, each of them.
             is_partial: Whether the prompt lacks turns that only OpenAI knows.
+            query: What the context was retrieved for.
+            context: What was retrieved, if that is named.
         """
         self._scoring = _start("tlm.trustworthiness", "EVALUATOR", self._span)
-        self._scoring.set_attribute(_INPUTS, self._visible(texts(prompt, responses)))
+        shown = self._visible(texts(prompt, responses, query, context))
+        self._scoring.set_attribute(_INPUTS, shown)
         if is_partial:
             self._scoring.set_attribute("tlm.prompt_is_partial", True)
 
@@ -454,11 +468,15 @@ def _active_span_has_ended() -> bool:
     return getattr(get_current_otel_span(), "end_time", None) is not None
 
 
-def texts(prompt: str, responses: Sequence[str]) -> dict[str, Any]:
+def texts(
+    prompt: str, responses: Sequence[str], query: str | None = None, context: str | None = None
+) -> dict[str, Any]:
     """The texts as they are scored, as a scoring span's input tells them."""
     inputs: dict[str, Any] = {"prompt": prompt, "response": responses[0]}
     if len(responses) > 1:
         inputs["choices"] = list(responses)
+    if context is not None:
+        inputs |= {"query": query, "context": context}
     return inputs
 
 
@@ -471,6 +489,7 @@ def told(trust: Trust) -> dict[str, Any]:
         "reason": trust.reason,
         "choices": [told(choice) for choice in trust.choices] or None,
         "fields": {name: told(one) for name, one in trust.fields.items()} if trust.fields else None,
+        "evals": dict(trust.evals) if trust.evals else None,
     }
     return {key: value for key, value in outputs.items() if value is not None}
 
@@ -484,6 +503,7 @@ def trust_attributes(trust: Trust) -> dict[str, Any]:
         "tlm.scorer": trust.scorer,
         "tlm.seconds": trust.seconds,
         "tlm.untrustworthy_fields": trust.untrustworthy_fields() if trust.fields else None,
+        **{f"{EVALS}{name}": score for name, score in (trust.evals or {}).items()},
     }
     return {key: value for key, value in attributes.items() if value is not None}
 

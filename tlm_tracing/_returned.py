@@ -45,6 +45,8 @@ def remember(obj: Any, call: ScopedCall) -> None:
     if trust is not None and trust.score is not None and is_answer:
         # Cleanlab's own convention, so that their helpers accept the object.
         obj.tlm_metadata = {"trustworthiness_score": trust.score, "log": _log(trust)}
+        if trust.evals:  # as Cleanlab's trustworthy-llm calls them
+            obj.tlm_metadata["evals"] = dict(trust.evals)
 
 
 def _log(trust: Trust) -> dict[str, Any]:
@@ -82,6 +84,7 @@ def trust(obj: Any) -> Trust | None:
         return Trust(
             score=metadata.get("trustworthiness_score"),
             explanation=(metadata.get("log") or {}).get("explanation"),
+            evals=metadata.get("evals"),
         )
     answer_id = getattr(obj, "id", None)
     call = _by_answer.get(answer_id) if isinstance(answer_id, str) else None

@@ -1,4 +1,4 @@
-"""What is in force here: the open trusted scopes, and whether tracing is suppressed.
+"""What is in force here: the open trusted scopes, what was retrieved, and what is suppressed.
 
 An activation is a pointer to a scope that knows whether it is open, not a context variable's
 token: a token cannot be reset from another context (an async generator closed by another task),
@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-from collections.abc import Iterator, Mapping
-from typing import Any, Protocol
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 from tlm_tracing._data import Trust
+from tlm_tracing.exceptions import ConfigurationError
+
+_BETWEEN_DOCUMENTS = "\n\n"
 
 
 class ScopedCall(Protocol):
@@ -23,13 +26,33 @@ class ScopedCall(Protocol):
         """Its trust so far; None while it runs."""
 
 
+class Retrieved(NamedTuple):
+    """What answers are to be judged by.
+
+    Attributes:
+        context: What was retrieved, as one text; empty if nothing was found.
+        query: What it was retrieved for; None means what the user asked last.
+    """
+
+    context: str
+    query: str | None = None
+
+
 class Scope:
-    """One trusted function call or block while it is open."""
+    """One trusted function call or block while it is open.
+
+    Attributes:
+        settings: Those of its own.
+        open: Whether it is.
+        calls: Those made inside so far.
+        retrieved: The context that is named for the calls that follow.
+    """
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
         self.settings = settings
         self.open = True
         self.calls: list[ScopedCall] = []
+        self.retrieved: Retrieved | None = None
         self._parent = current()
 
     def enter(self) -> Scope | None:
@@ -66,6 +89,75 @@ _current: contextvars.ContextVar[Scope | None] = contextvars.ContextVar(
 _suppressed: contextvars.ContextVar[bool] = contextvars.ContextVar(
     "tlm_tracing_suppressed", default=False
 )
+
+
+def retrieved(context: Any, query: Any = None) -> Retrieved | None:
+    """What a user has named, checked; None if that is nothing.
+
+    Args:
+        context: A text, or the documents as a list of texts; an empty list says that nothing
+            was found.
+        query: A text.
+
+    Raises:
+        ConfigurationError: If they can't be meant.
+    """
+    if context is None:
+        if query is not None:
+            raise ConfigurationError(
+                "A query without a context says nothing about an answer. Name both when the "
+                "context is known: trusted_span(query=..., context=...), or inside of the block "
+                "span.set_context(context, query=...)."
+            )
+        return None
+    return Retrieved(_context(context), None if query is None else _text("query", query))
+
+
+def retrieved_for(scopes: Iterable[Scope]) -> Retrieved | None:
+    """What is named for a call: the innermost scope that names a context counts.
+
+    Args:
+        scopes: Those round the call, the outermost first.
+    """
+    named = [scope.retrieved for scope in scopes if scope.retrieved is not None]
+    return named[-1] if named else None
+
+
+def _context(value: Any) -> str:
+    if isinstance(value, str):
+        return _text("context", value)
+    if not isinstance(value, Sequence) or not all(isinstance(one, str) for one in value):
+        raise ConfigurationError(
+            f"context must be a text or a list of texts, not {_kind(value)}. Of documents, give "
+            "what the LLM gets to read of them: [document.page_content for document in found]."
+        )
+    # A document without text is none.
+    return _BETWEEN_DOCUMENTS.join(_encodable(one) for one in value if one.strip())
+
+
+def _text(name: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise ConfigurationError(f"{name} must be a text, not {_kind(value)}.")
+    if not value.strip():
+        ways = {
+            "context": "If nothing was retrieved, say so by an empty list, context=[].",
+            "query": "Leave it out to mean what the user asked last.",
+        }
+        raise ConfigurationError(f"{name} is empty. {ways[name]}")
+    return _encodable(value)
+
+
+def _kind(value: Any) -> str:
+    """What a value is, without telling any of it."""
+    if isinstance(value, (list, tuple)) and value:
+        inside = " and ".join(sorted({type(one).__name__ for one in value}))
+        return f"{type(value).__name__} of {inside}"
+    return type(value).__name__
+
+
+def _encodable(text: str) -> str:
+    # Half a surrogate pair can't be sent.
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def current() -> Scope | None:

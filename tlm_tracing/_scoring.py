@@ -32,6 +32,8 @@ _logger = logging.getLogger("tlm_tracing")
 
 _CLOSING = 5.0
 _MOST_SCORERS = 256
+_TRUSTWORTHINESS = "trustworthiness"
+_LONGEST_NAME = 250  # of an assessment, in MLflow
 
 Find = Callable[[], Scorer]
 Ask = Callable[[Scorer], Awaitable[Any]]
@@ -361,7 +363,7 @@ def as_trust(result: Any) -> Trust:
     """Read a scorer's result.
 
     Args:
-        result: A number, a :class:`Trust`, or Cleanlab's dict.
+        result: A number, a :class:`Trust`, or one of Cleanlab's dicts.
 
     Returns:
         A scored trust with a finite score in [0, 1], or an unscored one as the scorer gave it.
@@ -372,17 +374,55 @@ def as_trust(result: Any) -> Trust:
     if isinstance(result, Trust):
         if result.status == "unscored" and result.reason in REASONS:
             return result
-        return replace(result, score=_checked(result.score), status="scored", reason=None)
+        return replace(
+            result,
+            score=_checked(result.score),
+            status="scored",
+            reason=None,
+            evals=_evals(result.evals),
+        )
     if isinstance(result, Mapping):
-        log = result.get("log")
-        log = log if isinstance(log, Mapping) else {}
+        score, log, evals = _parts(result)
         explanation = log.get("explanation")
         return Trust(
-            score=_checked(result.get("trustworthiness_score")),
+            score=_checked(score),
             explanation=None if explanation is None else str(explanation),
             fields=_fields(log.get("per_field_score")),
+            evals=_evals(evals),
         )
     return Trust(score=_checked(result))
+
+
+def _parts(result: Mapping[str, Any]) -> tuple[Any, Mapping[str, Any], Any]:
+    """Score, log and evals of one of Cleanlab's dicts."""
+    told = result.get(_TRUSTWORTHINESS)
+    if not isinstance(told, Mapping):
+        return result.get("trustworthiness_score"), _log(result), result.get("evals")
+    # That of its TrustworthyRAG, where a response may be told as well.
+    evals = {name: one for name, one in result.items() if isinstance(one, Mapping)}
+    return told.get("score"), _log(told), evals
+
+
+def _log(told: Mapping[str, Any]) -> Mapping[str, Any]:
+    log = told.get("log")
+    return log if isinstance(log, Mapping) else {}
+
+
+def _evals(scores: Any) -> Mapping[str, float] | None:
+    """The scores beside the trust by name; what is no score, or can't have a name, is left out."""
+    if not isinstance(scores, Mapping):
+        return None
+    evals: dict[str, float] = {}
+    for name, told in scores.items():
+        if _is_name(name) and name != _TRUSTWORTHINESS:
+            with contextlib.suppress(ScoringError):
+                evals[name] = _checked(told.get("score") if isinstance(told, Mapping) else told)
+    return evals or None
+
+
+def _is_name(name: Any) -> bool:
+    # One that a store does not take would cost the whole trace.
+    return isinstance(name, str) and 0 < len(name) <= _LONGEST_NAME and name.isprintable()
 
 
 def _fields(scores: Any) -> Mapping[str, Trust] | None:

@@ -7,13 +7,21 @@ import functools
 import inspect
 import logging
 import sys
-from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Iterator, Mapping
+from collections.abc import (
+    AsyncGenerator,
+    Awaitable,
+    Callable,
+    Generator,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from types import TracebackType
 from typing import Any, ParamSpec, TypeVar, overload
 
-from tlm_tracing import _config, _patches
+from tlm_tracing import _config, _patches, _scope
 from tlm_tracing._data import Trust
-from tlm_tracing._scope import Scope, suppressed
+from tlm_tracing._scope import Retrieved, Scope, suppressed
 from tlm_tracing.exceptions import ConfigurationError
 
 _logger = logging.getLogger("tlm_tracing")
@@ -25,8 +33,15 @@ R = TypeVar("R")
 class TrustedSpan:
     """An open trusted block, and what is known of the answers given inside it."""
 
-    def __init__(self, name: str, settings: Mapping[str, Any], inputs: Any = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        settings: Mapping[str, Any],
+        inputs: Any = None,
+        retrieved: Retrieved | None = None,
+    ) -> None:
         self._scope = Scope(settings)
+        self._scope.retrieved = retrieved
         self._record: Any = None
         self._told_inputs = inputs is not None
         self._told_outputs = False
@@ -55,6 +70,22 @@ class TrustedSpan:
         """Id of the MLflow trace; None if nothing is recorded."""
         record = self._record
         return None if record is None else record.trace_id
+
+    def set_context(self, context: str | Sequence[str] | None, query: str | None = None) -> None:
+        """Name what was retrieved for the calls that follow inside the block.
+
+        Their answers are then scored by it, too: see :class:`trusted_span`. Questions that are
+        answered at the same time need a block each.
+
+        Args:
+            context: As one text, or the documents as a list of texts; an empty list says that
+                nothing was found. None takes back what was named.
+            query: What it was retrieved for; by default what the user asks last in a call.
+
+        Raises:
+            ConfigurationError: If these are no texts, or empty ones.
+        """
+        self._scope.retrieved = _scope.retrieved(context, query)
 
     def set_inputs(self, value: Any) -> None:
         """Record what went into the block. Without it, it is the first call's request."""
@@ -135,22 +166,40 @@ class trusted_span:  # noqa: N801 - used like a function
     all of them. In a generator use :func:`trusted` on the function instead: a block that stays
     open across a ``yield`` is active in the consumer, too.
 
+    Where an answer is given by what was retrieved (RAG), name that as the context. Cleanlab then
+    also scores whether the context suffices to answer, whether the response is grounded in it,
+    how helpful the response and how easy the query is: ``Trust.evals``, and an assessment each.
+    Of blocks inside each other, the innermost that names a context counts. What is retrieved
+    inside of the block is named by :meth:`TrustedSpan.set_context`.
+
     Args:
         name: Name of the span in MLflow.
+        query: What the context was retrieved for; by default what the user asks last in a call.
+        context: What was retrieved, as one text, or the documents as a list of texts; an empty
+            list says that nothing was found.
         **settings: Any of :class:`~tlm_tracing.Config`'s fields, for the calls inside.
 
     Raises:
-        ConfigurationError: If a setting is unknown or its value cannot work.
+        ConfigurationError: If a setting is unknown or its value cannot work, or query and
+            context are no texts, or empty ones.
     """
 
-    def __init__(self, name: str | None = None, **settings: Any) -> None:
+    def __init__(
+        self,
+        name: str | None = None,
+        *,
+        query: str | None = None,
+        context: str | Sequence[str] | None = None,
+        **settings: Any,
+    ) -> None:
         _config.check(settings)
+        self._retrieved = _scope.retrieved(context, query)
         self._name = name or "trusted_span"
         self._settings = settings
         self._entered: list[tuple[TrustedSpan, Any]] = []
 
     def __enter__(self) -> TrustedSpan:
-        span = TrustedSpan(self._name, self._settings)
+        span = TrustedSpan(self._name, self._settings, retrieved=self._retrieved)
         self._entered.append((span, span._enter()))
         return span
 
@@ -176,6 +225,36 @@ class trusted_span:  # noqa: N801 - used like a function
         self.__exit__(kind, error, traceback)
 
 
+def set_context(context: str | Sequence[str] | None, query: str | None = None) -> None:
+    """Name what was retrieved for the calls that follow in the innermost trusted block.
+
+    For functions under :func:`trusted`, and for whatever they call. Outside of all blocks it has
+    no effect, and says so once.
+
+    Args:
+        context: As for :meth:`TrustedSpan.set_context`.
+        query: Likewise.
+
+    Raises:
+        ConfigurationError: If these are no texts, or empty ones.
+    """
+    named = _scope.retrieved(context, query)
+    scope = _scope.current()
+    if scope is None:
+        _warn_of_no_block()
+    else:
+        scope.retrieved = named
+
+
+@functools.lru_cache(maxsize=1)
+def _warn_of_no_block() -> None:
+    _logger.warning(
+        "set_context was called outside of a trusted block, so the context is not used. Call it "
+        "inside of a function that is decorated with trusted, or of a trusted_span; in a thread "
+        "that you start yourself, with target=tlm_tracing.propagate(function)."
+    )
+
+
 @overload
 def trusted(function: Callable[P, R], /) -> Callable[P, R]: ...
 @overload
@@ -198,6 +277,11 @@ def trusted(function: Any = None, /, *, name: str | None = None, **settings: Any
         ConfigurationError: If a setting is unknown, its value cannot work, or what is decorated
             is no function.
     """
+    if named := {"query", "context"} & settings.keys():
+        raise ConfigurationError(
+            f"trusted takes no {' and '.join(sorted(named))}, which each call of the function has "
+            "anew: name them inside of it, by tlm_tracing.set_context(context, query=...)."
+        )
     _config.check(settings)
     if function is None:
         return functools.partial(_decorate, name=name, settings=settings)

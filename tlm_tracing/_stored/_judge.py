@@ -14,6 +14,7 @@ from mlflow.entities import Trace, TraceInfo
 from tlm_tracing import _annotate, _asking
 from tlm_tracing._data import Trust
 from tlm_tracing._messages import Unscorable
+from tlm_tracing._scope import Retrieved
 from tlm_tracing._scoring import Verdict
 from tlm_tracing._stored._calls import StoredCall, calls
 from tlm_tracing._stored._late import Judged
@@ -95,7 +96,9 @@ class Judge:
         try:
             config = self._config if is_wanted else self._readable
             completion = call.endpoint.construct(call.answer) if self._reads_completion else None
-            asked = _asking.ask(call.endpoint, call.request, completion, call.answer, config)
+            asked = _asking.ask(
+                call.endpoint, call.request, completion, call.answer, config, _retrieved(call)
+            )
         except Unscorable as nothing:
             return _left(info, call, nothing.reason, known)
         except Exception:  # a shape that nobody has thought of
@@ -210,6 +213,16 @@ def _known(info: TraceInfo, call: StoredCall) -> Trust | None:
     return _placed(trust, info, call)
 
 
+def _retrieved(call: StoredCall) -> Retrieved | None:
+    """The context that was named when the answer was given."""
+    told: Any = call.scoring.inputs if call.scoring is not None else None
+    if not isinstance(told, Mapping):
+        return None
+    query, context = told.get("query"), told.get("context")
+    is_told = isinstance(query, str) and isinstance(context, str)
+    return Retrieved(str(context), str(query)) if is_told else None
+
+
 def _is_still_live(call: StoredCall) -> bool:
     """Whether a call of ours has not been closed yet: its score is on its way."""
     if call.parent is None or "tlm.status" in _attributes(call):
@@ -224,4 +237,5 @@ def _attributes(call: StoredCall) -> Mapping[str, Any]:
 
 
 def _length(asked: _asking.Asked) -> int:
-    return sum(len(asked.prompt) + len(response) for response in asked.responses)
+    named = len(asked.query or "") + len(asked.context or "")
+    return sum(len(asked.prompt) + named + len(response) for response in asked.responses)

@@ -17,7 +17,7 @@ from tlm_tracing._asking import Asked
 from tlm_tracing._bulk import Addition, Tags
 from tlm_tracing._config import Config
 from tlm_tracing._data import Trust
-from tlm_tracing._record import texts, told, trust_attributes
+from tlm_tracing._record import EVALS, texts, told, trust_attributes
 from tlm_tracing._stored._calls import StoredCall
 from tlm_tracing._visible import visible
 
@@ -73,9 +73,10 @@ def addition(info: TraceInfo, judged: Sequence[Judged], config: Config) -> Addit
         [span for one in judged for span in _spans(one, see)],
         _tags(info, shown),
         [
-            _annotate.assessment(one.trust, one.notes)
+            feedback
             for one in shown
-            if one.is_new and one.trust.score is not None
+            if one.is_new
+            for feedback in _annotate.assessments(one.trust, one.notes)
         ],
     )
 
@@ -121,9 +122,7 @@ def _scoring(judged: Judged, see: Callable[[Any], Any]) -> Span:
     data = dict(above.to_dict())  # MLflow keeps that one
     attributes: dict[str, Any] = {
         "mlflow.spanType": "EVALUATOR",
-        "mlflow.spanInputs": see(
-            {} if judged.asked is None else texts(judged.asked.prompt, judged.asked.responses)
-        ),
+        "mlflow.spanInputs": see({} if judged.asked is None else _texts(judged.asked)),
         "mlflow.spanOutputs": see(told(trust)),
         "mlflow.chat.tokenUsage": _NO_TOKENS,
         "tlm.scored_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -151,6 +150,10 @@ def _scoring(judged: Judged, see: Callable[[Any], Any]) -> Span:
     return Span.from_dict(data)
 
 
+def _texts(asked: Asked) -> dict[str, Any]:
+    return texts(asked.prompt, asked.responses, asked.query, asked.context)
+
+
 def _why(judged: Judged, see: Callable[[Any], Any]) -> str:
     if judged.detail is None:
         return str(judged.trust.reason)
@@ -173,6 +176,7 @@ def _with_trust(parent: Span, trust: Trust) -> Span:
         key: value
         for key, value in data["attributes"].items()
         if key not in ("tlm.reason", "tlm.trustworthiness_score", "tlm.seconds")
+        and not key.startswith(EVALS)
     }
     data["attributes"] = {**kept, **_as_json(trust_attributes(trust))}
     return Span.from_dict(data)

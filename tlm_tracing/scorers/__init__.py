@@ -44,13 +44,22 @@ def resolve(spec: Any) -> Scorer:
     return FunctionScorer(spec)
 
 
-def load(spec: Any) -> None:
+def load(spec: Any, *, has_context: bool = False) -> None:
     """Import what the ``scorer`` setting needs, here and now.
 
     A fork while another thread imports it would leave it locked for ever in the child.
+
+    Args:
+        spec: As for :func:`resolve`.
+        has_context: Whether an answer is to be scored by its context.
     """
     kind = "hosted" if spec == "hosted" else "_function"
     importlib.import_module(f"{__name__}.{kind}")
+    if has_context:
+        from tlm_tracing.scorers.hosted import HostedTLM
+
+        if spec == "hosted" or isinstance(spec, HostedTLM):
+            importlib.import_module(f"{__name__}._rag")
 
 
 def __getattr__(name: str) -> Any:

@@ -14,14 +14,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import os
 import random
 import time
 import urllib.parse
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from email.utils import parsedate_to_datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import aiohttp
 
@@ -29,16 +30,23 @@ from tlm_tracing import _redacted
 from tlm_tracing._config import cleanlab_api_key, cleanlab_base_url, key_fault
 from tlm_tracing._data import Exchange
 from tlm_tracing.exceptions import ConfigurationError, ScoringError
+from tlm_tracing.scorers import _fields, _presets
 
-_DEFAULT_MODEL = "gpt-4.1-mini"
-_PRESETS_THAT_EXPLAIN = frozenset({"medium", "high", "best"})
+if TYPE_CHECKING:
+    from cleanlab_tlm import Eval
+
+_logger = logging.getLogger("tlm_tracing")
+
 _SCORE = "/v0/trustworthy_llm/get_confidence_score"
 _EXPLAIN = "/v1/tlm_explanation/get_explanation"
 _SCORE_FIELDS = "/v1/openai_trustworthy_llm/score"
+_SCORE_RAG = "/v1/rag_trustworthy_llm/score"
 _ATTEMPTS = 3
 _FIRST_PAUSE = 0.25
 # Less than all of the time, or a late answer on fields would cost the score itself.
 _SHARE_FOR_FIELDS = 0.9
+# The status of a server that is there, and stumbled over what it was asked.
+_FAILED_AT_IT = 500
 
 
 class HostedTLM:
@@ -63,6 +71,7 @@ class HostedTLM:
         base_url: str | None = None,
         explanation: bool | None = None,
         fields: bool = True,
+        evals: Sequence[Eval] | None = None,
     ) -> None:
         """Check the settings; nothing is sent yet.
 
@@ -72,12 +81,16 @@ class HostedTLM:
             options: ``cleanlab_tlm.TLMOptions``, such as ``{"model": "gpt-4.1"}``.
             base_url: Where the API is; ``CLEANLAB_API_BASE_URL`` or Cleanlab's by default.
             explanation: Whether to ask why. By default wherever the preset and options give it
-                along with the score; True also asks where it takes a second request.
+                along with the score, which for answers with a context are ``"high"`` and
+                ``"best"``; True also asks where it takes a second request.
             fields: Whether to ask for the score of each field of a structured answer
                 (``per_field_score``), too. It takes a second request, which Cleanlab bills.
+            evals: What is asked about an answer whose context is named, as for
+                ``cleanlab_tlm.TrustworthyRAG``; ``cleanlab_tlm.get_default_evals()`` by default.
 
         Raises:
-            ConfigurationError: If there is no key, or cleanlab-tlm refuses preset or options.
+            ConfigurationError: If there is no key, or cleanlab-tlm refuses preset, options or
+                evals.
         """
         self._key = _checked_key(api_key or cleanlab_api_key())
         _redacted.learn([self._key])
@@ -85,16 +98,16 @@ class HostedTLM:
         self.preset = quality_preset
         self.name = f"cleanlab-tlm/{quality_preset}"
         given = dict(options or {})
-        explains = _explains(quality_preset, given, explanation)
-        if explains:
-            given["log"] = sorted({*given.get("log", ()), "explanation"})
-        self._explain_after = explanation is True and not explains
+        self._options = _presets.options(quality_preset, given, explanation)
+        self._rag_options = _presets.rag_options(quality_preset, given, explanation)
+        self._evals = None if evals is None else _presets.check_evals(quality_preset, evals)
+        self._wants_explanation = explanation is True
         self._wants_fields = fields
-        self._options = {"model": _DEFAULT_MODEL, **given}
         self.model = str(self._options["model"])
         self._session: aiohttp.ClientSession | None = None
         self._proxy: str | None = None
         self._home: tuple[int, asyncio.AbstractEventLoop] | None = None
+        self._has_warned = False
 
     def __repr__(self) -> str:
         return f"HostedTLM({self.preset!r}, model={self.model!r})"
@@ -104,16 +117,18 @@ class HostedTLM:
 
         Returns:
             ``{"trustworthiness_score": float in [0, 1], "log": {"explanation": str}}``; of a
-            structured answer the log has ``per_field_score``, too.
+            structured answer the log has ``per_field_score``, too, and of one with a context
+            there are ``evals``, as far as Cleanlab gives them.
 
         Raises:
             ScoringError: If Cleanlab gives no score within ``exchange.timeout`` seconds.
         """
-        if not self._wants_fields or not _is_structured(exchange):
-            return await self._scored(exchange)
-        asking = asyncio.ensure_future(self._fields(exchange))
+        score = self._scored if exchange.context is None else self._scored_by_context
+        if not self._wants_fields or not _fields.is_structured(exchange):
+            return await score(exchange, exchange.timeout)
+        asking = asyncio.ensure_future(self._scored_fields(exchange))
         try:
-            result = await self._scored(exchange)
+            result = await score(exchange, exchange.timeout)
             result["log"]["per_field_score"] = await asking
         finally:
             asking.cancel()
@@ -125,64 +140,87 @@ class HostedTLM:
         if session is not None:
             await session.close()
 
-    async def _scored(self, exchange: Exchange) -> dict[str, Any]:
-        until = time.monotonic() + exchange.timeout
+    async def _scored(self, exchange: Exchange, allowed: float) -> dict[str, Any]:
+        until = time.monotonic() + allowed
         body = {
             "prompt": exchange.prompt,
             "response": {"response": exchange.response},
             "quality": self.preset,
             "task": "default",
-            "options": {**self._options, "max_timeout": exchange.timeout},
+            "options": {**self._options, "max_timeout": allowed},
         }
         answer = await self._post(_SCORE, body, until)
         if "confidence_score" not in answer:
             raise ScoringError("Cleanlab's answer has no confidence_score.")
         log = answer.get("log")
-        log = dict(log) if isinstance(log, Mapping) else {}
-        if self._explain_after:
-            log["explanation"] = await self._explanation(exchange, answer, until)
-        return {"trustworthiness_score": answer["confidence_score"], "log": log}
+        result = {
+            "trustworthiness_score": answer["confidence_score"],
+            "log": dict(log) if isinstance(log, Mapping) else {},
+        }
+        return await self._explained(result, exchange, self._options, until)
 
-    async def _fields(self, exchange: Exchange) -> Any:
+    async def _scored_by_context(self, exchange: Exchange, allowed: float) -> dict[str, Any]:
+        """Trust and evals by one request; what fails of it must not cost the trust."""
+        from tlm_tracing.scorers import _rag
+
+        until = time.monotonic() + allowed
+        evals = _rag.chosen(self._evals, exchange.response)
+        options = {**self._rag_options, "max_timeout": allowed}
+        body = _rag.body(exchange, evals, self.preset, options, self._key)
+        try:
+            answer = await self._post(_SCORE_RAG, body, until)
+        except (_RefusedError, _PassingError) as error:
+            if isinstance(error, _PassingError) and error.status != _FAILED_AT_IT:
+                raise
+            self._warn_of_no_evals(error.status)
+            answer = {}
+        trust = _rag.trustworthiness(answer)
+        if trust is None:
+            trust = await self._scored(exchange, max(0.001, until - time.monotonic()))
+        else:
+            trust = await self._explained(trust, exchange, self._rag_options, until)
+        return {**trust, "evals": _rag.scores(answer, evals)}
+
+    def _warn_of_no_evals(self, status: int | None) -> None:
+        """Say it the first time only, by the status alone: an answer may quote the texts."""
+        if not self._has_warned:
+            self._has_warned = True
+            _logger.warning(
+                "Cleanlab answered %s when it was to score by the context. Such answers are scored "
+                "without it.",
+                status,
+            )
+
+    async def _scored_fields(self, exchange: Exchange) -> Any:
         """The score of each field; None if there is none, which must not cost the score."""
         allowed = exchange.timeout * _SHARE_FOR_FIELDS
-        message = {"role": "assistant", "content": exchange.response}
-        body = {
-            **self._options,
-            "quality_preset": self.preset,
-            "log": ["per_field_score"],
-            "max_timeout": allowed,
-            # The texts as they may leave, in the shape that this endpoint takes.
-            "messages": [{"role": "user", "content": exchange.prompt}],
-            "response_format": exchange.response_format,
-            "response": {
-                "id": "",
-                "object": "chat.completion",
-                "created": 0,
-                "model": self.model,
-                "choices": [{"index": 0, "finish_reason": "stop", "message": message}],
-            },
-        }
+        body = _fields.body(exchange, self.preset, self._options, allowed)
         try:
-            answer = await self._post(_SCORE_FIELDS, body, time.monotonic() + allowed)
+            return _fields.scores(await self._post(_SCORE_FIELDS, body, time.monotonic() + allowed))
         except ScoringError:
             return None
-        log = answer.get("log")
-        return log.get("per_field_score") if isinstance(log, Mapping) else None
 
-    async def _explanation(
-        self, exchange: Exchange, answer: Mapping[str, Any], until: float
-    ) -> str | None:
+    async def _explained(
+        self,
+        result: dict[str, Any],
+        exchange: Exchange,
+        options: Mapping[str, Any],
+        until: float,
+    ) -> dict[str, Any]:
+        """The same with the explanation, if it is wanted and has not come with the score."""
+        if not self._wants_explanation or _presets.explains(options):
+            return result
         scored = {
             "response": exchange.response,
-            "trustworthiness_score": answer["confidence_score"],
+            "trustworthiness_score": result["trustworthiness_score"],
         }
-        body = {"prompt": exchange.prompt, "response": scored, "options": self._options}
+        body = {"prompt": exchange.prompt, "response": scored, "options": options}
         try:
             found = (await self._post(_EXPLAIN, body, until)).get("explanation")
         except ScoringError:
-            return None  # the score is there, and worth more than its explanation
-        return None if found is None else str(found)
+            found = None  # the score is there, and worth more than its explanation
+        result["log"]["explanation"] = None if found is None else str(found)
+        return result
 
     async def _post(self, path: str, body: Mapping[str, Any], until: float) -> Mapping[str, Any]:
         """Post with a few attempts; the pauses keep to what Cleanlab asks for."""
@@ -268,18 +306,19 @@ def _proxy(url: str) -> str | None:
 class _PassingError(ScoringError):
     """A failure that may be over soon; the back end as a whole is affected."""
 
-    def __init__(self, message: str, *, retry_after: float | None = None) -> None:
+    def __init__(
+        self, message: str, *, retry_after: float | None = None, status: int | None = None
+    ) -> None:
         super().__init__(message, reason="scorer_unavailable", outage=True, retry_after=retry_after)
+        self.status = status
 
 
-def _is_structured(exchange: Exchange) -> bool:
-    wanted = exchange.response_format
-    if not isinstance(wanted, Mapping) or wanted.get("type") not in ("json_schema", "json_object"):
-        return False
-    try:
-        return isinstance(json.loads(exchange.response), dict)
-    except ValueError:
-        return False
+class _RefusedError(ScoringError):
+    """Cleanlab does not take this request; another kind may go well."""
+
+    def __init__(self, message: str, *, status: int, **more: Any) -> None:
+        super().__init__(message, **more)
+        self.status = status
 
 
 def _unavailable(message: str) -> ScoringError:
@@ -302,16 +341,23 @@ def _read(status: int, headers: Mapping[str, str], content: bytes) -> Mapping[st
             f"Cleanlab's rate limit is reached{said}", retry_after=_retry_after(headers)
         )
     if status >= 500:
-        raise _PassingError(f"Cleanlab answered {status}{said}", retry_after=_retry_after(headers))
+        raise _PassingError(
+            f"Cleanlab answered {status}{said}", retry_after=_retry_after(headers), status=status
+        )
     if status in (401, 403):
         raise _unavailable(
             f"Cleanlab refused the key ({status}{said}). Check CLEANLAB_TLM_API_KEY against "
             f"https://tlm.cleanlab.ai."
         )
     if status == 404:
-        raise _unavailable(f"Cleanlab's API is not at this address (404{said}).")
+        raise _RefusedError(
+            f"Cleanlab's API is not at this address (404{said}).",
+            status=status,
+            reason="scorer_unavailable",
+            outage=True,
+        )
     if status >= 400:
-        raise ScoringError(f"Cleanlab refused the request ({status}{said}).")
+        raise _RefusedError(f"Cleanlab refused the request ({status}{said}).", status=status)
     if not isinstance(answer, Mapping):
         raise _PassingError("Cleanlab's answer is no JSON object.")
     return answer
@@ -351,46 +397,3 @@ def _checked_key(key: str | None) -> str:
             f"The Cleanlab key {fault}: copy it again to CLEANLAB_TLM_API_KEY, or to api_key=."
         )
     return key
-
-
-def _explains(preset: str, options: Mapping[str, Any], wanted: bool | None) -> bool:
-    """Check preset and options; gives whether the explanation can come with the score."""
-    if not options and preset in _PRESETS_THAT_EXPLAIN:
-        return wanted is not False  # known to be right: saves a second of imports
-    _check(preset, options)
-    if wanted is False:
-        return False
-    try:
-        _check(preset, {**options, "log": sorted({*options.get("log", ()), "explanation"})})
-    except ConfigurationError:
-        return False
-    return True
-
-
-def _check(preset: str, options: Mapping[str, Any]) -> None:
-    """Have cleanlab-tlm check preset and options, which it does when a client is made."""
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        # Inside a loop, because outside of one the client opens a loop and leaks it.
-        loop = asyncio.new_event_loop()
-        try:
-            loop.run_until_complete(_construct_async(preset, options))
-        finally:
-            loop.close()
-    else:
-        _construct(preset, options)
-
-
-async def _construct_async(preset: str, options: Mapping[str, Any]) -> None:
-    _construct(preset, options)
-
-
-def _construct(preset: str, options: Mapping[str, Any]) -> None:
-    import cleanlab_tlm
-
-    try:
-        make: Any = cleanlab_tlm.TLM
-        make(preset, api_key="not sent", options=dict(options), verbose=False)
-    except Exception as error:
-        raise ConfigurationError(f"cleanlab-tlm refuses these settings: {error}") from error

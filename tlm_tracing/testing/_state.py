@@ -35,6 +35,7 @@ BEHAVIOURS: Mapping[str, frozenset[str]] = {
     "tlm": frozenset(
         _BOTH
         | {"score", "no_score", "explanation", "no_log", "field_scores", "field_fault"}
+        | {"eval_scores", "eval_fault"}
         | {"empty_body", "partial", "drip", "code"}
     ),
 }

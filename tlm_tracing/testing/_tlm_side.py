@@ -12,7 +12,7 @@ from typing import Any
 
 from aiohttp import web
 
-from tlm_tracing.testing import _chat
+from tlm_tracing.testing import _chat, _rag
 from tlm_tracing.testing._serving import Handler, Hold, application, body_of, drop, fault
 from tlm_tracing.testing._state import Behaviour, Row, State
 
@@ -30,14 +30,14 @@ def tlm_side(state: State, hold: Hold) -> web.Application:
             if not isinstance(body, Mapping):
                 return web.json_response({"error": "The body is no JSON object."}, status=400)
             behaviour = state.behaviour("tlm", request.path, await request.read(), "")
-            if answer is _openai_score:
-                behaviour |= behaviour.get("field_fault") or {}
+            if answer in _OWN_FAULTS:
+                behaviour |= behaviour.get(_OWN_FAULTS[answer]) or {}
             trouble = await fault(behaviour, hold, _error(behaviour))
             if trouble is not None:
                 return trouble
             try:
                 given = answer(body, behaviour, state)
-            except (AttributeError, LookupError, TypeError) as error:
+            except (AttributeError, LookupError, TypeError, ValueError) as error:
                 message = f"The request is not as this endpoint expects it: {error!r}"
                 return web.json_response({"error": message}, status=400)
             return await _given(request, given, behaviour)
@@ -109,15 +109,24 @@ def _field_scores(asked: str, response: str, behaviour: Behaviour, state: State)
 
 
 def _rag_score(body: Body, behaviour: Behaviour, state: State) -> dict[str, Any]:
-    told = _told(body.get("query") or body["prompt"], _text(body["response"]), behaviour, state)
-    evals = {one["name"]: {"score": told.score} for one in body.get("evals") or []}
+    _rag.check(body)
+    response = body["response"]["response"]
+    asked = body["query"] if state.canned(body["query"]) else body["prompt"]
+    told = _told(asked, response, behaviour, state)
+    given = behaviour.get("eval_scores") or {}
+    made_up = _rag.scores(body, response, state)
+    evals = {name: {"score": given.get(name, score)} for name, score in made_up.items()}
     return {"trustworthiness": _logged({"score": told.score}, body, told, behaviour), **evals}
 
 
 def _rag_generate(body: Body, behaviour: Behaviour, state: State) -> dict[str, Any]:
-    response = _answered(body.get("query") or body["prompt"], state)
-    scored = _rag_score({**body, "response": response}, behaviour, state)
+    response = _answered(body["query"], state)
+    scored = _rag_score({**body, "response": {"response": response}}, behaviour, state)
     return {"response": response, **scored}
+
+
+# The behaviour that is a fault of one endpoint alone.
+_OWN_FAULTS = {_openai_score: "field_fault", _rag_score: "eval_fault"}
 
 
 def _answered(question: str, state: State) -> str:

@@ -34,7 +34,8 @@ class Sandbox:
     ``"image_generation"``), or in its place (``"computer"``), and ``failed``.
 
     Of the TLM side: ``score`` (anything), ``field_scores`` (of a structured answer, by field),
-    ``field_fault`` (a behaviour for where those are asked for alone),
+    ``field_fault`` (a behaviour for where those are asked for alone), ``eval_scores`` (of an
+    answer with a context, by eval), ``eval_fault`` (a behaviour for where such answers are scored),
     ``no_score``, ``explanation``, ``no_log``, ``empty_body``, ``partial``, ``drip`` (seconds a
     byte), ``code`` (of an error).
 
