@@ -26,11 +26,7 @@ from mlflow.store.tracking.rest_store import RestStore
 from mlflow.tracing.client import TracingClient
 from mlflow.tracing.utils.otlp import MLFLOW_EXPERIMENT_ID_HEADER, OTLP_TRACES_PATH
 from mlflow.utils.proto_json_utils import message_to_json
-from mlflow.utils.rest_utils import (
-    _V3_TRACE_REST_API_PATH_PREFIX,
-    http_request,
-    verify_rest_response,
-)
+from mlflow.utils.rest_utils import _V3_TRACE_REST_API_PATH_PREFIX, verify_rest_response
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.sdk.resources import Resource
 
@@ -242,31 +238,18 @@ class _Server:
             "Content-Type": "application/x-protobuf",
             MLFLOW_EXPERIMENT_ID_HEADER: experiment_id,
         }
-        self._post(OTLP_TRACES_PATH, headers, data=request.SerializeToString())
+        body = request.SerializeToString()
+        response = _exporter.post(self._store, OTLP_TRACES_PATH, headers, body)
+        if response.status_code in _NO_SUCH_ROAD:
+            raise NotImplementedError(f"{OTLP_TRACES_PATH} answers {response.status_code}")
+        verify_rest_response(response, OTLP_TRACES_PATH)
 
     def assess(self, feedback: Feedback) -> None:
         told: Any = feedback.to_proto()  # type: ignore[no-untyped-call]
         body = message_to_json(CreateAssessment(assessment=told))
         path = f"{_V3_TRACE_REST_API_PATH_PREFIX}/{feedback.trace_id}/assessments"
-        self._post(path, {"Content-Type": "application/json"}, data=body)
-
-    def _post(self, path: str, headers: dict[str, str], **body: Any) -> None:
-        # Tried once: MLflow would try for minutes what can't succeed, an assessment that is there.
-        try:
-            response = http_request(  # type: ignore[no-untyped-call]
-                host_creds=self._store.get_host_creds(),
-                endpoint=path,
-                method="POST",
-                max_retries=0,
-                raise_on_status=False,
-                extra_headers=headers,
-                **body,
-            )
-        except MlflowException as error:  # nobody has answered
-            raise ConnectionError(str(error)) from error
-        if path == OTLP_TRACES_PATH and response.status_code in _NO_SUCH_ROAD:
-            raise NotImplementedError(f"{path} answers {response.status_code}")
-        verify_rest_response(response, path)
+        headers = {"Content-Type": "application/json"}
+        verify_rest_response(_exporter.post(self._store, path, headers, body), path)
 
 
 class _Database:

@@ -22,8 +22,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, TypeVar
 
-from mlflow.entities import Span, Trace, TraceInfo
+from mlflow.entities import Span, Trace, TraceData, TraceInfo
 from mlflow.exceptions import MlflowException
+from mlflow.protos.service_pb2 import StartTraceV3
+from mlflow.store.tracking.rest_store import RestStore
 from mlflow.tracing.client import TracingClient
 from mlflow.tracing.export.async_export_queue import AsyncTraceExportQueue
 from mlflow.tracing.export.mlflow_v3 import MlflowV3SpanExporter
@@ -31,7 +33,14 @@ from mlflow.tracing.export.utils import try_link_prompts_to_trace
 from mlflow.tracing.provider import _get_span_processor, _get_trace_exporter
 from mlflow.tracing.trace_manager import InMemoryTraceManager
 from mlflow.tracing.utils import add_size_stats_to_trace_metadata
+from mlflow.utils.proto_json_utils import message_to_json
+from mlflow.utils.rest_utils import (
+    _V3_TRACE_REST_API_PATH_PREFIX,
+    http_request,
+    verify_rest_response,
+)
 from mlflow.utils.workspace_context import ServerWorkspaceContext
+from requests import Response
 
 from tlm_tracing import _outbox
 
@@ -49,6 +58,7 @@ _FINAL = frozenset(
 
 _FINALIZED = "mlflow.trace.infoFinalized"
 _TOKENS = "mlflow.trace.tokenUsage"
+_NOT_FOUND = 404
 # An open trace is shown in the store after so many seconds.
 _SOON = 5.0
 
@@ -116,14 +126,24 @@ class _Exporter(MlflowV3SpanExporter):
         """Write traces: what is known of each first, as that costs a store least, then spans."""
         early = [whole for whole in wholes if _outlasts(whole.trace)]
         self._write_spans(whole.spans for whole in early)
-        started = [self._start(whole.trace) for whole in wholes]
+        for whole in wholes:
+            self._start(whole.trace)
         self._write_spans(whole.spans for whole in wholes if whole not in early)
-        for whole, info in zip(wholes, started, strict=True):
-            self._write_rest(whole, info)
+        for whole in wholes:
+            self._write_rest(whole)
 
-    def _start(self, trace: Trace) -> TraceInfo:
+    def _start(self, trace: Trace) -> None:
         add_size_stats_to_trace_metadata(trace)
-        return self._client.start_trace(trace.info)
+        store = self._client.store
+        if type(store) is RestStore:
+            told = Trace(trace.info, TraceData(spans=[])).to_proto()  # type: ignore[no-untyped-call]
+            path = _V3_TRACE_REST_API_PATH_PREFIX
+            body = message_to_json(StartTraceV3(trace=told))
+            response = post(store, path, {"Content-Type": "application/json"}, body)
+            if response.status_code != _NOT_FOUND:
+                verify_rest_response(response, path)
+                return
+        self._client.start_trace(trace.info)  # which knows how to talk to older servers
 
     def _write_spans(self, parts: Iterable[tuple[str, list[Span]]]) -> None:
         for experiment_id, some in _grouped(parts, lambda part: part[0]):
@@ -131,20 +151,19 @@ class _Exporter(MlflowV3SpanExporter):
             if spans and self._store_supports_log_spans:
                 self._store_supports_log_spans = log_spans(self._client, experiment_id, spans)
 
-    def _write_rest(self, whole: _Whole, info: TraceInfo) -> None:
-        trace = whole.trace
-        if not self._store_supports_log_spans:
-            self._client._upload_trace_data(info, trace.data)
+    def _write_rest(self, whole: _Whole) -> None:
+        trace, trace_id = whole.trace, whole.trace.info.trace_id
         attachments: dict[str, Any] = {}
         for span in trace.data.spans:
             attachments.update(getattr(span, "_attachments", None) or {})
-        if attachments:
-            self._client._upload_attachments(info, attachments)
+        if attachments or not self._store_supports_log_spans:
+            stored = self._client.get_trace_info(trace_id)  # it tells where artifacts go
+            if not self._store_supports_log_spans:
+                self._client._upload_trace_data(stored, trace.data)
+            if attachments:
+                self._client._upload_attachments(stored, attachments)
         try_link_prompts_to_trace(
-            client=self._client,
-            trace_id=trace.info.trace_id,
-            prompts=whole.prompts,
-            synchronous=True,
+            client=self._client, trace_id=trace_id, prompts=whole.prompts, synchronous=True
         )
 
 
@@ -248,6 +267,26 @@ def is_being_written(trace_id: str) -> bool:
     exporter: Any = _get_trace_exporter()  # type: ignore[no-untyped-call]
     parcel = exporter._wholes.get(trace_id) if type(exporter) is _Exporter else None
     return parcel is not None and not parcel.written.is_set()
+
+
+def post(store: RestStore, path: str, headers: dict[str, str], body: bytes | str) -> Response:
+    """Post to an MLflow server, once: MLflow would try again for minutes.
+
+    Raises:
+        ConnectionError: If nobody has answered.
+    """
+    try:
+        return http_request(  # type: ignore[no-any-return, no-untyped-call]
+            host_creds=store.get_host_creds(),
+            endpoint=path,
+            method="POST",
+            max_retries=0,
+            raise_on_status=False,
+            extra_headers=headers,
+            data=body,
+        )
+    except MlflowException as error:
+        raise ConnectionError(str(error)) from error
 
 
 def log_spans(client: TracingClient, experiment_id: str, spans: list[Span]) -> bool:

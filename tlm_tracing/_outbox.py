@@ -26,7 +26,7 @@ from tlm_tracing import _threads
 _logger = logging.getLogger("tlm_tracing")
 
 _MOST = 10_000
-_WRITERS = 4
+_WRITERS = 8
 # Enough to share what a request costs, few enough for a fork or the end to wait for.
 _TOGETHER = 20
 # What waits longer, or is more, is written as fast as it goes. Until then a writer rests up to
