@@ -55,11 +55,11 @@ class _Record:
         span_id: Its id.
     """
 
-    def __init__(self, name: str, config: Config) -> None:
+    def __init__(self, name: str, config: Config, kind: str = "CHAIN") -> None:
         _outbox.called()
         self._visible = visible(config)
         self._captures = config.capture_content
-        self._span = _start(name, "CHAIN", None)
+        self._span = _start(name, kind, None)
         live = self._span.trace_id != _NO_OP_TRACE_ID
         self.trace_id: str | None = self._span.trace_id if live else None
         self.span_id: str | None = self._span.span_id if live else None
@@ -111,6 +111,17 @@ class _Record:
             self._span.when_placed(place)
         elif self.trace_id is not None and self.span_id is not None:
             place(self.trace_id, self.span_id)
+
+    def shown(self, trust: Trust) -> Trust:
+        """A trust as it may be seen on its trace."""
+        if trust.explanation is None:
+            return trust
+        # Of a text whose words are not recorded, nothing is left to tell.
+        explanation = str(self._visible(trust.explanation)) if self._captures else None
+        return replace(trust, explanation=explanation)
+
+    def _shown(self, message: str) -> str:
+        return str(self._visible(_redacted.redact(message)))
 
     def _end(self, *inner: AnySpan | None) -> None:
         spans = [span for span in (*inner, self._span) if span is not None]
@@ -318,17 +329,6 @@ class CallRecord(_Record):
                 trace.data.spans[:] = whole.values()
                 return
         _outbox.post(functools.partial(_store_late, self._experiment_id, late))
-
-    def shown(self, trust: Trust) -> Trust:
-        """A trust as it may be seen on its trace."""
-        if trust.explanation is None:
-            return trust
-        # Of a text whose words are not recorded, nothing is left to tell.
-        explanation = str(self._visible(trust.explanation)) if self._captures else None
-        return replace(trust, explanation=explanation)
-
-    def _shown(self, message: str) -> str:
-        return str(self._visible(_redacted.redact(message)))
 
     def abandon(self) -> None:
         """End whatever is still open, so that no trace is held back for ever."""

@@ -1,0 +1,107 @@
+"""The spans of TLM's own calls: one for a pair, or one for a batch and in it one for each pair."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tlm_tracing import _outbox, _ready, _record
+from tlm_tracing._config import Config
+from tlm_tracing._data import Trust
+from tlm_tracing._visible import shape
+
+# OpenTelemetry's queue has room for 2,048 spans, and loses the oldest without a word.
+_MOST_QUEUED = 1000
+_STORED_AT_ONCE = 500
+
+
+class TLMRecord(_record._Record):
+    """The open span of a pair, or of a batch."""
+
+    def __init__(self, name: str, kind: str, inputs: Any, config: Config) -> None:
+        """Open it.
+
+        Args:
+            name: Its name.
+            kind: Its type, as MLflow has it.
+            inputs: What went in.
+            config: The settings in force.
+        """
+        super().__init__(name, config, kind)
+        self._content = {_record.CONTENT: _record._content(config)}
+        self.note(self._content)
+        self.inputs(inputs)
+
+    def inside(self, name: str, kind: str, inputs: Any, began: int) -> TLMRecord:
+        """Open the span of a pair in this one, which is a batch.
+
+        Args:
+            name: Its name.
+            kind: Its type, as MLflow has it.
+            inputs: What went in, as :meth:`seen` gave it.
+            began: When, in nanoseconds since 1970.
+        """
+        pair = copy.copy(self)
+        if isinstance(self._span, _ready.LaterSpan):
+            pair._span = _ready.LaterSpan(name, kind, self._span)
+            pair._span.start_time_ns = began
+        else:
+            pair._span = _ready.start(name, kind, self._span, began)
+            pair.span_id = None if self.trace_id is None else pair._span.span_id
+        pair._span.set_inputs(inputs)
+        pair.note(self._content)
+        return pair
+
+    def seen(self, value: Any) -> Any:
+        """A copy of a value as it may be recorded."""
+        try:
+            return self._visible(value)
+        except Exception:
+            return shape(value)
+
+    def note(self, attributes: Mapping[str, Any]) -> None:
+        """Set those attributes that are known."""
+        known = {key: value for key, value in attributes.items() if value is not None}
+        self._span.set_attributes(known)
+
+    def judged(self, trust: Trust, detail: str | None) -> None:
+        """Note the trust in the pair.
+
+        Args:
+            trust: The settled trust.
+            detail: What went wrong; None if nothing did.
+        """
+        self.note(_record.trust_attributes(trust))
+        if detail is not None:
+            _record._set_error(self._span, self._shown(detail))
+
+    def failed(self, error: BaseException) -> None:
+        """Note an exception."""
+        _record._mark_failed(self._span, error, self._visible)
+
+    def close(self, pairs: Sequence[tuple[TLMRecord, int]] = ()) -> None:
+        """End the span.
+
+        Args:
+            pairs: Those of a batch, each with its end in nanoseconds since 1970.
+        """
+        for pair, ended in pairs:
+            if isinstance(pair._span, _ready.LaterSpan):
+                pair._span.end()
+                pair._span.end_time_ns = ended
+            else:
+                pair._span.end(end_time_ns=ended)
+        self._end(*(pair._span for pair, _ in pairs))
+        if len(pairs) > _MOST_QUEUED and self._experiment_id is not None:
+            spans = [pair._span.to_immutable_span() for pair, _ in pairs]
+            for first in range(0, len(spans), _STORED_AT_ONCE):
+                some = spans[first : first + _STORED_AT_ONCE]
+                _outbox.post(functools.partial(_record._store, self._experiment_id, some))
+
+    def abandon(self) -> None:
+        """End the span, so that no trace is held back for ever."""
+        with contextlib.suppress(Exception):
+            self._end()

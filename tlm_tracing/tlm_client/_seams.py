@@ -1,0 +1,207 @@
+"""A TLM client as its own methods see it while one call of it is watched.
+
+The methods of the client's class run with such a view in the place of ``self``. So what they do
+for each pair passes here, and neither the client nor its class is touched: calls at the same
+time know nothing of each other.
+
+Source: the names inside of cleanlab-tlm 1.1.39. Without them a batch is recorded all the same,
+but nobody knows how long each of its pairs took.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+import types
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeAlias
+
+import wrapt
+
+from tlm_tracing.tlm_client._told import has_answer
+
+_PACKAGE = "cleanlab_tlm"
+_ONE_PAIR = frozenset(
+    {
+        "_get_trustworthiness_score_async",
+        "_prompt_async",
+        "_get_explanation_async",
+        "_score_async",
+        "_generate_async",
+    }
+)
+_RATE_LIMIT = "_rate_handler"
+_CALLS = frozenset({"get_trustworthiness_score", "prompt", "score", "generate"})
+
+
+@dataclass
+class Timing:
+    """How one pair fared at TLM. Times are in nanoseconds since 1970.
+
+    Attributes:
+        begun: When it began to wait for its turn; None if it has not.
+        sent: When its turn had come; None if the client does not make it wait.
+        ended: When it was over; None if it is not.
+        result: What came of it.
+        error: What was raised in place of that.
+    """
+
+    begun: int | None = None
+    sent: int | None = None
+    ended: int | None = None
+    result: Any = None
+    error: BaseException | None = None
+
+    async def of(self, ask: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Ask TLM, and note how it goes."""
+        self.begun = time.time_ns()
+        try:
+            self.result = await ask(*args, **kwargs)
+        except BaseException as error:
+            self.error = error
+            raise
+        finally:
+            self.ended = time.time_ns()
+        return self.result
+
+
+Rounds: TypeAlias = dict[tuple[int, str], list[Timing]]
+"""The pairs in their order, of each client and kind of request that a call makes."""
+
+
+class Bound(wrapt.ObjectProxy):  # type: ignore[misc,type-arg,unused-ignore]
+    """A client whose methods see this in its place."""
+
+    def __getattr__(self, name: str) -> Any:
+        client = self.__wrapped__
+        found = getattr(client, name)
+        if isinstance(found, types.MethodType) and found.__self__ is client:
+            return types.MethodType(found.__func__, self)
+        return found
+
+
+class Watched(Bound):
+    """A client while one of its methods runs; it may have clients of its own inside."""
+
+    def __init__(self, client: Any, rounds: Rounds) -> None:
+        super().__init__(client)
+        self._self_rounds = rounds
+
+    def __getattr__(self, name: str) -> Any:
+        found = super().__getattr__(name)
+        if name in _ONE_PAIR and isinstance(found, types.MethodType):
+            return functools.partial(self._self_ask, name, found.__func__)
+        return Watched(found, self._self_rounds) if is_client(found) else found
+
+    def _self_ask(self, name: str, function: Any, *args: Any, **kwargs: Any) -> Any:
+        client, timing = self.__wrapped__, Timing()
+        self._self_rounds.setdefault((id(client), name), []).append(timing)
+        return timing.of(types.MethodType(function, _One(client, timing)), args, kwargs)
+
+
+class _One(Bound):
+    """A client while it asks for one pair."""
+
+    def __init__(self, client: Any, timing: Timing) -> None:
+        super().__init__(client)
+        self._self_timing = timing
+
+    def __getattr__(self, name: str) -> Any:
+        found = super().__getattr__(name)
+        return _Turn(found, self._self_timing) if name == _RATE_LIMIT else found
+
+
+class _Turn(wrapt.ObjectProxy):  # type: ignore[misc,type-arg,unused-ignore]
+    """The client's limit on requests at the same time, as one pair meets it."""
+
+    def __init__(self, limit: Any, timing: Timing) -> None:
+        super().__init__(limit)
+        self._self_timing = timing
+
+    async def __aenter__(self) -> Any:
+        entered = await self.__wrapped__.__aenter__()
+        if self._self_timing.sent is None:  # or it is a retry
+            self._self_timing.sent = time.time_ns()
+        return entered
+
+    async def __aexit__(self, *error: Any) -> Any:
+        return await self.__wrapped__.__aexit__(*error)
+
+
+def is_client(value: object) -> bool:
+    """Whether something is a TLM client of Cleanlab's, or derived from one."""
+    kind: type = value.__class__
+    return _is_client_class(kind)
+
+
+@functools.lru_cache(maxsize=256)
+def _is_client_class(kind: type) -> bool:
+    # By name, so that nothing has to be imported; a user has a client only if it is.
+    return any(
+        base.__module__.partition(".")[0] == _PACKAGE and _CALLS & vars(base).keys()
+        for base in kind.__mro__
+    )
+
+
+class Course(NamedTuple):
+    """How a pair fared, from its turn to its end. Times are in nanoseconds since 1970.
+
+    Attributes:
+        began: When its turn had come.
+        ended: When it was over, or was given up.
+        queued: How long it had waited for its turn; None if nobody knows.
+        is_own: Whether these are its own times, not those of the whole batch.
+        result: What came of it, if that is known.
+        error: What was raised, if that is known.
+    """
+
+    began: int
+    ended: int
+    queued: int | None = None
+    is_own: bool = True
+    result: Any = None
+    error: BaseException | None = None
+
+    @property
+    def is_over(self) -> bool:
+        """Whether anything is known to have come of it."""
+        return self.result is not None or self.error is not None
+
+    @property
+    def seconds(self) -> float:
+        """How long it took."""
+        return (self.ended - self.began) / 1e9
+
+
+def courses(rounds: Rounds, count: int, until: int) -> list[Course | None]:
+    """How each pair of a call fared.
+
+    Args:
+        rounds: What was seen.
+        count: How many pairs there are.
+        until: When the call was over.
+
+    Returns:
+        One for each pair, in their order; None for those of which nothing was seen.
+    """
+    first, *later = list(rounds.values()) or [[]]
+    if len(first) != count:
+        return [None] * count
+    ways = [[timing] for timing in first]
+    for timings in later:  # answers are asked for first, then the scores of those that came
+        answered = [way for way in ways if has_answer(way[-1].result)]
+        if len(answered) == len(timings):
+            for way, timing in zip(answered, timings, strict=True):
+                way.append(timing)
+    return [_course(way, until) for way in ways]
+
+
+def _course(way: Sequence[Timing], until: int) -> Course | None:
+    first, last = way[0], way[-1]
+    if first.begun is None:
+        return None
+    began = first.begun if first.sent is None else first.sent
+    queued = None if first.sent is None else first.sent - first.begun
+    ended = until if last.ended is None else last.ended
+    return Course(began, ended, queued, result=last.result, error=last.error)
