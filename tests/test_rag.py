@@ -13,7 +13,7 @@ import openai
 import pytest
 
 import tlm_tracing as tt
-from tlm_tracing import _span
+from tlm_tracing import _annotate, _span
 from tlm_tracing._span import set_context
 from tlm_tracing.exceptions import ConfigurationError
 from tlm_tracing.openai import AsyncOpenAI, OpenAI
@@ -171,9 +171,12 @@ def test_every_async_route_gets_them(route, mode, sandbox, trace):
     check_route(asyncio.run(main()), trace)
 
 
+@pytest.mark.parametrize("export", ["synchronous", "asynchronous"])
 def test_a_background_score_after_the_users_trace_has_ended_brings_them_all(
-    sandbox, trace, asynchronous_export
+    export, sandbox, trace, request
 ):
+    if export == "asynchronous":
+        request.getfixturevalue("asynchronous_export")
     scorer = FakeScorer(tt.Trust(0.9, evals=EVALS))
     scorer.hold()
     with (
@@ -691,6 +694,23 @@ def test_every_form_of_evals_is_read(result, sandbox, trace):
 
 
 # Stored traces, and stores.
+
+
+def test_scores_reach_a_stored_trace_and_later_ones_take_their_place(sandbox, trace):
+    with mlflow.start_span("stored") as span:
+        pass
+    mlflow.flush_trace_async_logging()
+    for score in (0.75, 0.25):
+        trust = tt.Trust(
+            score,
+            trace_id=span.trace_id,
+            span_id=span.span_id,
+            scorer="mine",
+            evals={"coverage": score / 2},
+        )
+        assert not _annotate.annotate_live(trust, _annotate.Notes())
+        assert _annotate.annotate_stored(trust, _annotate.Notes())
+    assert assessed(trace()) == {"trustworthiness": 0.25, "coverage": 0.125}
 
 
 def test_a_stored_answer_is_scored_again_by_its_context_in_place(sandbox, trace):
