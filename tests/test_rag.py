@@ -742,6 +742,27 @@ def test_what_an_outage_left_unscored_is_scored_by_its_context_later(sandbox, tr
     assert assessed(trace()) == {"trustworthiness": 0.9, **EVALS}
 
 
+@pytest.mark.parametrize("query", [QUERY, None])
+@pytest.mark.parametrize("settings", [{"mode": "off"}, {"sample_rate": 0.0}, {"scorer": None}])
+def test_what_is_recorded_now_is_scored_by_its_context_later(settings, query, sandbox, trace):
+    with tt.trusted_span(query=query, context=DOCUMENTS, **settings):
+        assert tt.trust(ask()).score is None
+    assert sandbox.requests("tlm") == []
+    scores = tt.score_traces(scorer=HostedTLM())
+    assert list(scores["trust_score"]) == [0.9]
+    found = trace()
+    assert assessed(found) == {"trustworthiness": 0.9, **EVALS}
+    assert (named(found).inputs["query"], named(found).inputs["context"]) == (QUERY, CONTEXT)
+
+
+def test_what_is_noted_for_later_is_masked(sandbox, trace):
+    with tt.trusted_span(
+        query="SECRET?", context=["A SECRET."], mode="off", mask=lambda value: "[hidden]"
+    ):
+        ask()
+    assert "SECRET" not in trace().to_json()
+
+
 def test_a_stored_answer_without_a_context_is_scored_as_before(sandbox, trace):
     with tt.trusted_span():
         ask()
