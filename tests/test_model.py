@@ -6,8 +6,10 @@ import os
 import pickle
 import sys
 import threading
+import time
 import urllib.error
 import urllib.request
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import fresh
@@ -313,6 +315,13 @@ def test_an_answer_without_a_score_says_why(settings, reason, is_streamed):
     assert (told["trust_score"], told["status"], told["reason"]) == (None, "unscored", reason)
 
 
+def test_scores_by_a_named_context_are_told_as_well():
+    told = {"trustworthiness_score": 0.9, "log": {}, "evals": {"context_sufficiency": 0.7}}
+    with tt.trusted_span(context="Paris is the capital of France."):
+        response = agent(scorer=FakeScorer(told)).predict(ASKED)
+    assert response.custom_outputs["evals"] == {"context_sufficiency": 0.7}
+
+
 def test_in_the_background_the_score_is_found_by_the_trace(scorer, trace):
     scorer.hold()
     model = agent(mode="background")
@@ -603,6 +612,7 @@ def test_a_logged_model_answers_as_before(code, sandbox, trace):
     assert done["custom_outputs"]["trust_score"] == last["custom_outputs"]["trust_score"] == 0.4
 
 
+@pytest.mark.long
 def test_mlflow_finds_out_what_the_model_requires_and_nothing_is_asked(code, sandbox):
     logged = mlflow.pyfunc.log_model(
         name="agent", python_model=str(code), input_example={**ASKED, "temperature": 0.5}
@@ -610,7 +620,8 @@ def test_mlflow_finds_out_what_the_model_requires_and_nothing_is_asked(code, san
     assert sandbox.requests("openai") == sandbox.requests("tlm") == []
     folder = Path(mlflow.artifacts.download_artifacts(logged.model_uri))
     required = (folder / "requirements.txt").read_text()
-    assert f"tlm_tracing=={tt.__version__}" in required.replace("-", "_")
+    if "tlm_tracing" in packages_distributions():  # MLflow does not see an editable install
+        assert f"tlm_tracing=={tt.__version__}" in required.replace("-", "_")
     assert f"openai=={openai.__version__}" in required
     kept = b"".join(path.read_bytes() for path in folder.rglob("*") if path.is_file())
     assert b"sk-sandbox" not in kept
@@ -653,7 +664,10 @@ def serve(request, tmp_path, sandbox):
     def start(command, ping, **env):
         port = free_port()
         command = [str(port) if word == "PORT" else word for word in command]
-        served = Served(command, port, tmp_path, {**sandbox.environment(), **env}, ping)
+        # MLflow runs uvicorn by its name.
+        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+        env = {**sandbox.environment(), "PATH": path, **env}
+        served = Served(command, port, tmp_path, env, ping)
         request.addfinalizer(served.end)
         return served
 
@@ -667,35 +681,63 @@ def models_serve(uri):
     ]
 
 
-@pytest.fixture
-def server(sqlite_server, store):
-    mlflow.set_tracking_uri(sqlite_server.uri)
-    yield sqlite_server
-    mlflow.set_tracking_uri(store)
+def stored(trace_id):
+    """A trace as soon as the served process has written it."""
+    until = time.monotonic() + 60
+    while (found := mlflow.get_trace(trace_id)) is None and time.monotonic() < until:
+        time.sleep(0.1)
+    return found
 
 
-def test_mlflow_serves_the_model(code, server, serve, sandbox):
+def by_name(trace):
+    return {span.name: span for span in trace.data.spans}
+
+
+def serve_logged(code, serve, uri):
+    """What is served by MLflow, and the experiment that its traces go to."""
     experiment = mlflow.set_experiment("served").experiment_id
     logged = mlflow.pyfunc.log_model(name="agent", python_model=str(code), **REQUIREMENTS)
     served = serve(
-        models_serve(logged.model_uri),
+        [
+            *(sys.executable, "-m", "mlflow", "models", "serve", "-m", logged.model_uri),
+            *("--env-manager", "local", "--host", "127.0.0.1", "--port", "PORT"),
+        ],
         "/ping",
-        MLFLOW_TRACKING_URI=server.uri,
+        MLFLOW_TRACKING_URI=uri,
         MLFLOW_EXPERIMENT_ID=experiment,
         MLFLOW_ENABLE_ASYNC_TRACE_LOGGING="false",
-        TLM_TRACING_ON_LOW="flag",
     )
+    return served, experiment
+
+
+def test_mlflow_serves_the_model(code, store, serve, sandbox):
+    served, experiment = serve_logged(code, serve, store)
     assert sandbox.requests("openai") == []
-    status, body = served.ask(ASKED)
+    status, body = served.ask({**ASKED, "stream": True})
     assert status == 200
-    found = mlflow.get_trace(check(json.loads(body)))
+    found = stored(check(json.loads(body)))
     assert found.info.experiment_id == experiment
-    assert [span.name for span in found.data.spans][:2] == ["predict", "response gpt-4o"]
+    spans = by_name(found)
+    assert spans["predict"].span_type == "AGENT"
+    assert spans["response gpt-4o"].parent_id == spans["predict"].span_id
     assert found.info.tags["trust_score"] == "0.4000"
     sandbox.default("openai", status=400)
     status, body = served.ask(ASKED)
     assert (status, "Traceback" in body, "stack_trace" in body) == (400, False, False)
     assert "BadRequestError" in json.loads(body)["message"]
+
+
+@pytest.mark.long
+def test_a_model_of_a_tracking_server_is_served_and_traced_there(
+    code, sqlite_server, store, serve, request
+):
+    mlflow.set_tracking_uri(sqlite_server.uri)
+    request.addfinalizer(lambda: mlflow.set_tracking_uri(store))
+    served, experiment = serve_logged(code, serve, sqlite_server.uri)
+    _, body = served.ask(ASKED)
+    found = stored(check(json.loads(body)))
+    assert found.info.experiment_id == experiment
+    assert by_name(found)["predict"].span_type == "AGENT"
 
 
 def test_the_agent_server_serves_it_streams_included(serve, sandbox, store):
@@ -718,8 +760,10 @@ def test_the_agent_server_serves_it_streams_included(serve, sandbox, store):
     told = json.loads(body)
     trace_id = check(told)
     assert told["metadata"]["trace_id"] == trace_id
-    found = mlflow.get_trace(trace_id)
-    assert [span.name for span in found.data.spans][:3] == ["answer", "predict", "response gpt-4o"]
+    found = stored(trace_id)
+    spans = by_name(found)
+    assert spans["predict"].parent_id == spans["answer"].span_id
+    assert spans["response gpt-4o"].parent_id == spans["predict"].span_id
     _, body = served.ask({**ASKED, "stream": True}, "/responses")
     *events, end = [line.removeprefix("data: ") for line in body.split("\n\n") if line]
     assert end == "[DONE]"
@@ -728,13 +772,14 @@ def test_the_agent_server_serves_it_streams_included(serve, sandbox, store):
     assert said == "It is Paris."
     assert events[-1]["type"] == "response.completed"
     assert events[-1]["custom_outputs"]["trust_score"] == 0.4
-    assert mlflow.get_trace(events[-1]["custom_outputs"]["trace_id"]).info.state == "OK"
+    assert stored(events[-1]["custom_outputs"]["trace_id"]).info.state == "OK"
     client = openai.OpenAI(base_url=served.address)
     response = client.responses.create(model="any", input=ASKED["input"])
     assert response.output_text == "It is Paris."
     assert response.custom_outputs["trust_score"] == 0.4
 
 
+@pytest.mark.long
 def test_the_example_runs(sandbox, store):
     done = fresh.run(
         EXAMPLES / "agent.py", "--sandbox", env={**os.environ, "MLFLOW_TRACKING_URI": store}

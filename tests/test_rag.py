@@ -13,7 +13,7 @@ import openai
 import pytest
 
 import tlm_tracing as tt
-from tlm_tracing import _span
+from tlm_tracing import _annotate, _span
 from tlm_tracing._span import set_context
 from tlm_tracing.exceptions import ConfigurationError
 from tlm_tracing.openai import AsyncOpenAI, OpenAI
@@ -171,9 +171,12 @@ def test_every_async_route_gets_them(route, mode, sandbox, trace):
     check_route(asyncio.run(main()), trace)
 
 
+@pytest.mark.parametrize("export", ["synchronous", "asynchronous"])
 def test_a_background_score_after_the_users_trace_has_ended_brings_them_all(
-    sandbox, trace, asynchronous_export
+    export, sandbox, trace, request
 ):
+    if export == "asynchronous":
+        request.getfixturevalue("asynchronous_export")
     scorer = FakeScorer(tt.Trust(0.9, evals=EVALS))
     scorer.hold()
     with (
@@ -693,6 +696,23 @@ def test_every_form_of_evals_is_read(result, sandbox, trace):
 # Stored traces, and stores.
 
 
+def test_scores_reach_a_stored_trace_and_later_ones_take_their_place(sandbox, trace):
+    with mlflow.start_span("stored") as span:
+        pass
+    mlflow.flush_trace_async_logging()
+    for score in (0.75, 0.25):
+        trust = tt.Trust(
+            score,
+            trace_id=span.trace_id,
+            span_id=span.span_id,
+            scorer="mine",
+            evals={"coverage": score / 2},
+        )
+        assert not _annotate.annotate_live(trust, _annotate.Notes())
+        assert _annotate.annotate_stored(trust, _annotate.Notes())
+    assert assessed(trace()) == {"trustworthiness": 0.25, "coverage": 0.125}
+
+
 def test_a_stored_answer_is_scored_again_by_its_context_in_place(sandbox, trace):
     with tt.trusted_span("block", query=QUERY, context=DOCUMENTS):
         ask()
@@ -720,6 +740,27 @@ def test_what_an_outage_left_unscored_is_scored_by_its_context_later(sandbox, tr
     scores = tt.score_traces()
     assert list(scores["trust_score"]) == [0.9]
     assert assessed(trace()) == {"trustworthiness": 0.9, **EVALS}
+
+
+@pytest.mark.parametrize("query", [QUERY, None])
+@pytest.mark.parametrize("settings", [{"mode": "off"}, {"sample_rate": 0.0}, {"scorer": None}])
+def test_what_is_recorded_now_is_scored_by_its_context_later(settings, query, sandbox, trace):
+    with tt.trusted_span(query=query, context=DOCUMENTS, **settings):
+        assert tt.trust(ask()).score is None
+    assert sandbox.requests("tlm") == []
+    scores = tt.score_traces(scorer=HostedTLM())
+    assert list(scores["trust_score"]) == [0.9]
+    found = trace()
+    assert assessed(found) == {"trustworthiness": 0.9, **EVALS}
+    assert (named(found).inputs["query"], named(found).inputs["context"]) == (QUERY, CONTEXT)
+
+
+def test_what_is_noted_for_later_is_masked(sandbox, trace):
+    with tt.trusted_span(
+        query="SECRET?", context=["A SECRET."], mode="off", mask=lambda value: "[hidden]"
+    ):
+        ask()
+    assert "SECRET" not in trace().to_json()
 
 
 def test_a_stored_answer_without_a_context_is_scored_as_before(sandbox, trace):

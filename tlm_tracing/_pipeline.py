@@ -291,6 +291,8 @@ class Call:
                 self._retrieved,
             )
         except Unscorable as nothing:
+            if self._retrieved is not None:
+                self._record.left_unscored(self._retrieved.query, self._retrieved.context)
             return _scoring.unscored(nothing.reason)
         self._record.scoring_started(
             asked.prompt,

@@ -44,6 +44,9 @@ CONTENT = "tlm.content"
 EVALS = "tlm.evals."
 """How the attributes begin that tell what a scorer says beside the trust."""
 
+QUERY, CONTEXT = "tlm.query", "tlm.context"
+"""Of a call that was not scored when it was made: what it is to be scored by."""
+
 AnySpan: TypeAlias = LiveSpan | _ready.LaterSpan
 
 
@@ -262,6 +265,12 @@ class CallRecord(_Record):
         self._scoring.set_attribute(_INPUTS, shown)
         if is_partial:
             self._scoring.set_attribute("tlm.prompt_is_partial", True)
+
+    def left_unscored(self, query: str | None, context: str) -> None:
+        """Note what was retrieved for an answer that nobody scores now, for a later score."""
+        told = {QUERY: query, CONTEXT: context}
+        shown = {name: self._visible(text) for name, text in told.items() if text is not None}
+        self._span.set_attributes(shown)
 
     def scored(self, trust: Trust, detail: str | None = None, *, is_cached: bool = False) -> None:
         """Close the scoring span.

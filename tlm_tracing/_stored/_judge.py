@@ -14,6 +14,7 @@ from mlflow.entities import Trace, TraceInfo
 from tlm_tracing import _annotate, _asking
 from tlm_tracing._data import Trust
 from tlm_tracing._messages import Unscorable
+from tlm_tracing._record import CONTEXT, QUERY
 from tlm_tracing._scope import Retrieved
 from tlm_tracing._scoring import Verdict
 from tlm_tracing._stored._calls import StoredCall, calls
@@ -216,11 +217,13 @@ def _known(info: TraceInfo, call: StoredCall) -> Trust | None:
 def _retrieved(call: StoredCall) -> Retrieved | None:
     """The context that was named when the answer was given."""
     told: Any = call.scoring.inputs if call.scoring is not None else None
-    if not isinstance(told, Mapping):
+    if isinstance(told, Mapping):
+        query, context = told.get("query"), told.get("context")
+    else:
+        query, context = (_attributes(call).get(name) for name in (QUERY, CONTEXT))
+    if not isinstance(context, str):
         return None
-    query, context = told.get("query"), told.get("context")
-    is_told = isinstance(query, str) and isinstance(context, str)
-    return Retrieved(str(context), str(query)) if is_told else None
+    return Retrieved(context, query if isinstance(query, str) else None)
 
 
 def _is_still_live(call: StoredCall) -> bool:

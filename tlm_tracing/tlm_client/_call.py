@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -11,6 +13,7 @@ from typing import Any, NamedTuple
 from tlm_tracing import _annotate, _ends, _pipeline, _redacted, _scoring, _telemetry
 from tlm_tracing._config import Config
 from tlm_tracing._data import Trust
+from tlm_tracing._record import CONTENT, _content, trust_attributes
 from tlm_tracing._scope import Scope
 from tlm_tracing.tlm_client import _told
 from tlm_tracing.tlm_client._asked import Asked
@@ -91,30 +94,42 @@ class TLMCall:
         """
         _ends.prepare()
         _redacted.learn([getattr(client, "_api_key", None)])
-        self.rounds: Rounds = {}
+        self.rounds = Rounds(self._sent)
+        self._sent_pairs: deque[tuple[int, int]] = deque()
+        self._records: dict[int, TLMRecord] = {}
         self._client = client
         self._kind = kind
         self._config = config
         self._about = _told.about(client)
         self._pairs = [Pair(one) for one in asked.pairs]
         self._is_batch = asked.count is not None
-        self._record = self._opened(asked)
+        self._is_over = False
+        self._inputs: list[Any] = []
+        self._record = self._opened(asked.count)
         self._began = time.time_ns()
-        # Now: an explanation is noted in the very result that is asked about.
-        self._inputs = [self._record.seen(one) for one in asked.pairs] if self._is_batch else []
-        self._record.note({"tlm.client": type(client).__name__, "tlm.method": method.__name__})
+        try:
+            self._note(method.__name__)
+        except BaseException:
+            self._record.abandon()
+            raise
         for scope in scopes:
             if kind.is_scored:
                 scope.calls.extend(self._pairs)
 
-    def _opened(self, asked: Asked) -> TLMRecord:
-        name, span_type = self._kind.span, self._kind.span_type
+    def _opened(self, count: int | None) -> TLMRecord:
+        name, span_type, _ = self._kind
         if self._is_batch:
-            inputs = {"pairs": asked.count}
-            return TLMRecord(f"{name}.batch", _BATCH, inputs, self._config)
-        record = TLMRecord(name, span_type, asked.pairs[0], self._config)
-        record.note(self._attributes())
-        return record
+            return TLMRecord(f"{name}.batch", _BATCH, {"pairs": count}, self._config)
+        return TLMRecord(name, span_type, self._pairs[0].request, self._config)
+
+    def _note(self, method: str) -> None:
+        told = {"tlm.client": type(self._client).__name__, "tlm.method": method}
+        if self._is_batch:
+            self._record.note({**told, CONTENT: _content(self._config)})
+            # Now: an explanation is noted in the very result that is asked about.
+            self._inputs = [self._record.seen(pair.request) for pair in self._pairs]
+        else:
+            self._record.note({**told, **self._attributes()})
 
     def returned(self, result: Any) -> None:
         """The call is over: this is what its caller gets."""
@@ -128,6 +143,8 @@ class TLMCall:
 
     def _conclude(self, result: Any, error: BaseException | None) -> None:
         ended = time.time_ns()
+        self._is_over = True
+        self._sent_pairs.clear()
         if self._is_batch:
             self._batch(result, error, ended)
         else:
@@ -144,46 +161,66 @@ class TLMCall:
                 (course or unknown)._replace(result=result, error=None)
                 for course, result in zip(found, results, strict=True)
             ]
-        closed: list[tuple[TLMRecord, int]] = []
-        for pair, inputs, course in zip(self._pairs, self._inputs, found, strict=True):
+        for number, (pair, course) in enumerate(zip(self._pairs, found, strict=True)):
             if course is not None:
-                record = self._record.inside(*self._kind[:2], inputs, course.began)
-                record.note(self._attributes())
+                record = self._records.get(number) if course.is_own else None
+                record = record or self._inside(number, course.began)
+                record.ended = course.ended
                 self._settle(
                     record, pair, course if course.is_over else course._replace(error=error)
                 )
-                closed.append((record, course.ended))
-        self._sum_up(len(closed))
+        self._sum_up(len(found) - found.count(None))
         if error is not None:
             self._record.failed(error)
-        self._record.close(closed)
+        self._record.close()
+
+    def _sent(self, number: int, when: int) -> None:
+        """A pair of a batch is on its way: its span is opened while its result is waited for."""
+        with _pipeline.guarded("recording a call of TLM's"):
+            is_awaited = self._is_batch and not self._is_over and number < len(self._pairs)
+            if is_awaited and self._record.trace_id is not None:
+                self._sent_pairs.append((number, when))
+                if len(self._sent_pairs) == 1:
+                    asyncio.get_running_loop().call_soon(self._open_one)
+
+    def _open_one(self) -> None:
+        """One at a time, so that the client's event loop is never held up."""
+        with _pipeline.guarded("recording a call of TLM's"):
+            if self._sent_pairs:
+                number, began = self._sent_pairs.popleft()
+                self._records[number] = self._inside(number, began)
+                if self._sent_pairs:
+                    asyncio.get_running_loop().call_soon(self._open_one)
+
+    def _inside(self, number: int, began: int) -> TLMRecord:
+        name, span_type, _ = self._kind
+        record = self._record.inside(name, span_type, self._inputs[number], began)
+        record.note(self._attributes())
+        return record
 
     def _settle(self, record: TLMRecord, pair: Pair, course: Course) -> None:
         """Write down what became of a pair."""
-        if not course.is_own:
-            record.note({"tlm.timing": "batch"})
-        elif course.queued is not None:
-            record.note({"tlm.queued_seconds": course.queued / 1e9})
         if course.error is not None:
             record.failed(course.error)
         else:
             record.outputs(course.result)
-        if self._kind.is_scored:
-            self._judge(record, pair, course)
+        judged = self._judged(record, pair, course) if self._kind.is_scored else {}
+        record.note({**_times(course), **judged})
 
-    def _judge(self, record: TLMRecord, pair: Pair, course: Course) -> None:
-        trust, detail = self._trust(course)
-        own = course.seconds if course.is_own and trust.score is not None else None
+    def _judged(self, record: TLMRecord, pair: Pair, course: Course) -> dict[str, Any]:
+        """Write the trust in a pair on the trace; gives what its span is to tell of it."""
+        found, detail = self._trust(course)
+        is_timed = course.is_own and found.score is not None
         trust = replace(
-            trust,
+            found,
             trace_id=record.trace_id,
             span_id=record.span_id,
             scorer=self._about.scorer,
-            seconds=own,
+            seconds=course.seconds if is_timed else None,
         )
         pair.trust, pair.answer = trust, course.result
-        record.judged(trust, detail)
-        record.note({"tlm.action": "flagged" if self._is_low(trust) else None})
+        if detail is not None:
+            record.went_wrong(detail)
         _scoring.count(trust)
         _telemetry.settled(trust, self._config, None)
         notes = _annotate.Notes(
@@ -192,6 +229,8 @@ class TLMCall:
             llm_model=self._about.llm if self._kind is _PROMPT else None,
         )
         record.when_placed(functools.partial(_pipeline._annotated, record.shown(trust), notes))
+        action = "flagged" if self._is_low(trust) else None
+        return {**trust_attributes(trust), "tlm.action": action}
 
     def _trust(self, course: Course) -> tuple[Trust, str | None]:
         """The trust in a pair, and what went wrong, if that is not told already."""
@@ -208,15 +247,13 @@ class TLMCall:
         return trust.score is not None and threshold is not None and trust.score < threshold
 
     def _attributes(self) -> dict[str, Any]:
-        """What is the same for each pair."""
-        scored = {"tlm.threshold": self._config.threshold}
+        """What the span of each pair tells."""
+        told: dict[str, Any] = {CONTENT: _content(self._config)}
+        if self._kind.is_scored:
+            told["tlm.threshold"] = self._config.threshold
         if self._kind is _PROMPT:
-            return {
-                **scored,
-                "mlflow.llm.model": self._about.llm,
-                "mlflow.llm.provider": "cleanlab",
-            }
-        return scored if self._kind.is_scored else {}
+            told |= {"mlflow.llm.model": self._about.llm, "mlflow.llm.provider": "cleanlab"}
+        return told
 
     def _sum_up(self, count: int) -> None:
         """Say on a batch's own span what became of it."""
@@ -227,3 +264,10 @@ class TLMCall:
         scores = [trust.score for trust in trusts if trust.score is not None]
         told = {"trust_score": min(scores, default=None), "scored": len(scores)}
         self._record.outputs({**told, "unscored": count - len(scores)})
+
+
+def _times(course: Course) -> dict[str, Any]:
+    """What a pair's span tells of its times beside when it began and ended."""
+    if not course.is_own:
+        return {"tlm.timing": "batch"}
+    return {"tlm.queued_seconds": None if course.queued is None else course.queued / 1e9}

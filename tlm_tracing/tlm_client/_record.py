@@ -5,12 +5,11 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from tlm_tracing import _outbox, _ready, _record
+from tlm_tracing import _live, _outbox, _ready, _record
 from tlm_tracing._config import Config
-from tlm_tracing._data import Trust
 from tlm_tracing._visible import shape
 
 # OpenTelemetry's queue has room for 2,048 spans, and loses the oldest without a word.
@@ -19,7 +18,11 @@ _STORED_AT_ONCE = 500
 
 
 class TLMRecord(_record._Record):
-    """The open span of a pair, or of a batch."""
+    """The open span of a pair, or of a batch.
+
+    Attributes:
+        ended: When a pair of a batch was over, in nanoseconds since 1970; None if it is not.
+    """
 
     def __init__(self, name: str, kind: str, inputs: Any, config: Config) -> None:
         """Open it.
@@ -31,12 +34,12 @@ class TLMRecord(_record._Record):
             config: The settings in force.
         """
         super().__init__(name, config, kind)
-        self._content = {_record.CONTENT: _record._content(config)}
-        self.note(self._content)
+        self.ended: int | None = None
+        self._pairs: list[TLMRecord] = []
         self.inputs(inputs)
 
     def inside(self, name: str, kind: str, inputs: Any, began: int) -> TLMRecord:
-        """Open the span of a pair in this one, which is a batch.
+        """Open the span of a pair in this one, which is that of a batch.
 
         Args:
             name: Its name.
@@ -45,6 +48,7 @@ class TLMRecord(_record._Record):
             began: When, in nanoseconds since 1970.
         """
         pair = copy.copy(self)
+        self._pairs.append(pair)
         if isinstance(self._span, _ready.LaterSpan):
             pair._span = _ready.LaterSpan(name, kind, self._span)
             pair._span.start_time_ns = began
@@ -52,7 +56,6 @@ class TLMRecord(_record._Record):
             pair._span = _ready.start(name, kind, self._span, began)
             pair.span_id = None if self.trace_id is None else pair._span.span_id
         pair._span.set_inputs(inputs)
-        pair.note(self._content)
         return pair
 
     def seen(self, value: Any) -> Any:
@@ -67,41 +70,33 @@ class TLMRecord(_record._Record):
         known = {key: value for key, value in attributes.items() if value is not None}
         self._span.set_attributes(known)
 
-    def judged(self, trust: Trust, detail: str | None) -> None:
-        """Note the trust in the pair.
-
-        Args:
-            trust: The settled trust.
-            detail: What went wrong; None if nothing did.
-        """
-        self.note(_record.trust_attributes(trust))
-        if detail is not None:
-            _record._set_error(self._span, self._shown(detail))
+    def went_wrong(self, detail: str) -> None:
+        """Note what went wrong without an exception."""
+        _record._set_error(self._span, self._shown(detail))
 
     def failed(self, error: BaseException) -> None:
         """Note an exception."""
         _record._mark_failed(self._span, error, self._visible)
 
-    def close(self, pairs: Sequence[tuple[TLMRecord, int]] = ()) -> None:
-        """End the span.
-
-        Args:
-            pairs: Those of a batch, each with its end in nanoseconds since 1970.
-        """
-        for pair, ended in pairs:
+    def close(self) -> None:
+        """End the span, and in it those of the pairs that are over; of the others there is none."""
+        pairs = [pair for pair in self._pairs if pair.ended is not None]
+        for pair in self._pairs:
             if isinstance(pair._span, _ready.LaterSpan):
                 pair._span.end()
-                pair._span.end_time_ns = ended
+                pair._span.end_time_ns = pair.ended
+            elif pair.ended is None:
+                _live.forget(pair._span)
             else:
-                pair._span.end(end_time_ns=ended)
-        self._end(*(pair._span for pair, _ in pairs))
+                pair._span.end(end_time_ns=pair.ended)
+        self._end(*(pair._span for pair in pairs))
         if len(pairs) > _MOST_QUEUED and self._experiment_id is not None:
-            spans = [pair._span.to_immutable_span() for pair, _ in pairs]
+            spans = [pair._span.to_immutable_span() for pair in pairs]
             for first in range(0, len(spans), _STORED_AT_ONCE):
                 some = spans[first : first + _STORED_AT_ONCE]
                 _outbox.post(functools.partial(_record._store, self._experiment_id, some))
 
     def abandon(self) -> None:
-        """End the span, so that no trace is held back for ever."""
+        """End what is open, so that no trace is held back for ever."""
         with contextlib.suppress(Exception):
-            self._end()
+            self._end(*(pair._span for pair in self._pairs))

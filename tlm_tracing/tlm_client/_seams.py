@@ -13,9 +13,9 @@ from __future__ import annotations
 import functools
 import time
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import wrapt
 
@@ -40,6 +40,7 @@ class Timing:
     """How one pair fared at TLM. Times are in nanoseconds since 1970.
 
     Attributes:
+        number: Which pair of its round.
         begun: When it began to wait for its turn; None if it has not.
         sent: When its turn had come; None if the client does not make it wait.
         ended: When it was over; None if it is not.
@@ -47,6 +48,7 @@ class Timing:
         error: What was raised in place of that.
     """
 
+    number: int
     begun: int | None = None
     sent: int | None = None
     ended: int | None = None
@@ -66,8 +68,40 @@ class Timing:
         return self.result
 
 
-Rounds: TypeAlias = dict[tuple[int, str], list[Timing]]
-"""The pairs in their order, of each client and kind of request that a call makes."""
+class Rounds:
+    """What a call of a client asks for, pair by pair, in a round for each kind of request."""
+
+    def __init__(self, when_sent: Callable[[int, int], None]) -> None:
+        """Nothing has been asked yet.
+
+        Args:
+            when_sent: Told of each pair of the first round, by its number, when its turn has
+                come.
+        """
+        self._when_sent = when_sent
+        self._rounds: dict[tuple[int, str], list[Timing]] = {}
+
+    def __iter__(self) -> Iterator[list[Timing]]:
+        return iter(self._rounds.values())
+
+    def begin(self, client: Any, name: str) -> Timing:
+        """A pair is asked for.
+
+        Args:
+            client: By whom; a call may have several.
+            name: By which of its methods.
+        """
+        timings = self._rounds.setdefault((id(client), name), [])
+        timings.append(Timing(len(timings)))
+        return timings[-1]
+
+    def sent(self, timing: Timing) -> None:
+        """A pair's turn has come."""
+        if timing.sent is None:  # or it is a retry
+            timing.sent = time.time_ns()
+            first = next(iter(self), [])
+            if timing.number < len(first) and first[timing.number] is timing:
+                self._when_sent(timing.number, timing.sent)
 
 
 class Bound(wrapt.ObjectProxy):  # type: ignore[misc,type-arg,unused-ignore]
@@ -95,34 +129,34 @@ class Watched(Bound):
         return Watched(found, self._self_rounds) if is_client(found) else found
 
     def _self_ask(self, name: str, function: Any, *args: Any, **kwargs: Any) -> Any:
-        client, timing = self.__wrapped__, Timing()
-        self._self_rounds.setdefault((id(client), name), []).append(timing)
-        return timing.of(types.MethodType(function, _One(client, timing)), args, kwargs)
+        client, rounds = self.__wrapped__, self._self_rounds
+        timing = rounds.begin(client, name)
+        sent = functools.partial(rounds.sent, timing)
+        return timing.of(types.MethodType(function, _One(client, sent)), args, kwargs)
 
 
 class _One(Bound):
     """A client while it asks for one pair."""
 
-    def __init__(self, client: Any, timing: Timing) -> None:
+    def __init__(self, client: Any, sent: Callable[[], None]) -> None:
         super().__init__(client)
-        self._self_timing = timing
+        self._self_sent = sent
 
     def __getattr__(self, name: str) -> Any:
         found = super().__getattr__(name)
-        return _Turn(found, self._self_timing) if name == _RATE_LIMIT else found
+        return _Turn(found, self._self_sent) if name == _RATE_LIMIT else found
 
 
 class _Turn(wrapt.ObjectProxy):  # type: ignore[misc,type-arg,unused-ignore]
     """The client's limit on requests at the same time, as one pair meets it."""
 
-    def __init__(self, limit: Any, timing: Timing) -> None:
+    def __init__(self, limit: Any, sent: Callable[[], None]) -> None:
         super().__init__(limit)
-        self._self_timing = timing
+        self._self_sent = sent
 
     async def __aenter__(self) -> Any:
         entered = await self.__wrapped__.__aenter__()
-        if self._self_timing.sent is None:  # or it is a retry
-            self._self_timing.sent = time.time_ns()
+        self._self_sent()
         return entered
 
     async def __aexit__(self, *error: Any) -> Any:
@@ -185,7 +219,7 @@ def courses(rounds: Rounds, count: int, until: int) -> list[Course | None]:
     Returns:
         One for each pair, in their order; None for those of which nothing was seen.
     """
-    first, *later = list(rounds.values()) or [[]]
+    first, *later = list(rounds) or [[]]
     if len(first) != count:
         return [None] * count
     ways = [[timing] for timing in first]

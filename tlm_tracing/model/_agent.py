@@ -1,4 +1,4 @@
-"""A model that MLflow logs and serves: OpenAI's answer, and how far it can be trusted."""
+"""The agent as users make it."""
 
 from __future__ import annotations
 
@@ -9,11 +9,9 @@ import openai
 from mlflow.pyfunc import ResponsesAgent  # type: ignore[attr-defined]
 
 from tlm_tracing import _config
-from tlm_tracing._agent import APIS
-from tlm_tracing._agent._answering import Answering
 from tlm_tracing.exceptions import ConfigurationError
-
-__all__ = ["TrustedChatAgent"]
+from tlm_tracing.model._answering import Answering
+from tlm_tracing.model._apis import APIS
 
 
 class TrustedChatAgent(Answering, ResponsesAgent):  # type: ignore[misc]

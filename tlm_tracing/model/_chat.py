@@ -9,8 +9,8 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-from tlm_tracing._agent import _answers
 from tlm_tracing._endpoints import chat, responses
+from tlm_tracing.model import _answers
 
 Data = dict[str, Any]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
-from tlm_tracing._agent import _chat, _responses
+from tlm_tracing.model import _chat, _responses
 
 Data = dict[str, Any]
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from mlflow.types.responses import ResponsesAgentStreamEvent
 
-from tlm_tracing._agent import _answers, _shape
+from tlm_tracing.model import _answers, _shape
 
 Data = dict[str, Any]
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from tlm_tracing import _returned
-from tlm_tracing._agent import _answers
 from tlm_tracing._data import Trust
 from tlm_tracing._span import TrustedSpan
 from tlm_tracing.exceptions import ScoringError, UntrustworthyResponseError
+from tlm_tracing.model import _answers
 
 Data = dict[str, Any]
 
@@ -48,7 +48,7 @@ def outputs(trust: Trust, action: str | None = None, trace_id: str | None = None
         action: What the threshold did.
         trace_id: The trace, if the trust does not know it.
     """
-    return {
+    told = {
         "trust_score": trust.score,
         "explanation": trust.explanation,
         "status": trust.status,
@@ -56,6 +56,7 @@ def outputs(trust: Trust, action: str | None = None, trace_id: str | None = None
         "action": action,
         "trace_id": trace_id or trust.trace_id,
     }
+    return {**told, "evals": dict(trust.evals)} if trust.evals else told
 
 
 def _call(block: TrustedSpan) -> Any:

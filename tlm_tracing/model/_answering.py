@@ -16,11 +16,12 @@ from mlflow.types.responses import (
 )
 
 from tlm_tracing import _live, _record, _span
-from tlm_tracing._agent import APIS, _answers, _logging, _outcome, _shape
-from tlm_tracing._agent._errors import as_mlflows
-from tlm_tracing._agent._tail import Tail
 from tlm_tracing._data import Scorer, Trust
 from tlm_tracing.exceptions import ConfigurationError, ScoringError, UntrustworthyResponseError
+from tlm_tracing.model import _answers, _logging, _outcome, _shape
+from tlm_tracing.model._apis import APIS
+from tlm_tracing.model._errors import as_mlflows
+from tlm_tracing.model._tail import Tail
 
 Data = dict[str, Any]
 Request = ResponsesAgentRequest | Mapping[str, Any]
@@ -52,6 +53,7 @@ class Answering:
             ``trust_score`` in [0, 1], ``explanation``, ``status``, ``reason``, ``trace_id`` as
             in :class:`~tlm_tracing.Trust`, and ``action``: ``"flagged"``, ``"replaced"``, or
             ``"raised"`` of an answer that is withheld, with a refusal in its place; else None.
+            With a context named, ``evals`` are Cleanlab's RAG scores.
 
         Raises:
             MlflowException: If OpenAI gave no answer; its cause is the error of openai's.
