@@ -18,6 +18,7 @@ import time
 import urllib.parse
 import urllib.request
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, TypeVar
@@ -27,10 +28,11 @@ from mlflow.exceptions import MlflowException
 from mlflow.protos.service_pb2 import StartTraceV3
 from mlflow.store.tracking.rest_store import RestStore
 from mlflow.tracing.client import TracingClient
+from mlflow.tracing.config import get_config
 from mlflow.tracing.export.async_export_queue import AsyncTraceExportQueue
 from mlflow.tracing.export.mlflow_v3 import MlflowV3SpanExporter
 from mlflow.tracing.export.utils import try_link_prompts_to_trace
-from mlflow.tracing.provider import _get_span_processor, _get_trace_exporter
+from mlflow.tracing.provider import _get_span_processor, _get_trace_exporter, provider
 from mlflow.tracing.trace_manager import InMemoryTraceManager
 from mlflow.tracing.utils import add_size_stats_to_trace_metadata
 from mlflow.utils.proto_json_utils import message_to_json
@@ -42,7 +44,7 @@ from mlflow.utils.rest_utils import (
 from mlflow.utils.workspace_context import ServerWorkspaceContext
 from requests import Response
 
-from tlm_tracing import _outbox
+from tlm_tracing import _live, _outbox, _threads
 
 _CONNECT = 2.0
 _STILL_THERE = 1.0
@@ -61,6 +63,9 @@ _TOKENS = "mlflow.trace.tokenUsage"
 _NOT_FOUND = 404
 # An open trace is shown in the store after so many seconds.
 _SOON = 5.0
+# Ended spans are exported after so many seconds, or when there are so many.
+_COLLECT = 0.5
+_MANY = 500
 
 _seen: dict[str, float] = {}
 
@@ -93,7 +98,8 @@ class _Exporter(MlflowV3SpanExporter):
         for span in spans:
             by_trace.setdefault(span.trace_id, []).append(span)
         for trace_id, some in by_trace.items():
-            part = _Part(experiment_id, [*self._taken_back(trace_id), *some], workspace)
+            spans_so_far = [*self._taken_back(trace_id), *some, *_live.light_inside(some)]
+            part = _Part(experiment_id, spans_so_far, workspace)
             self._parts[trace_id] = _outbox.post_together(self._write_parts, part, _SOON)
 
     def _taken_back(self, trace_id: str) -> list[Span]:
@@ -214,6 +220,65 @@ def _outlasts(trace: Trace) -> bool:
     return bool(roots) and max(ends) > max(roots)
 
 
+class _Batch:
+    """Ended spans, on their way to the exporter.
+
+    In place of OpenTelemetry's processor, which MLflow has wake a thread every five spans, and
+    which forgets spans, and with them whole traces, when there are many.
+    """
+
+    def __init__(self, exporter: Any) -> None:
+        self._exporter = exporter
+        self._spans: deque[Any] = deque()
+        self._exporting = threading.Lock()
+        self._has_some = threading.Event()
+        self._has_many = threading.Event()
+        self._is_over = False
+        self._process = 0
+
+    def on_end(self, span: Any) -> None:
+        self._spans.append(span)
+        if self._process != os.getpid():
+            self._start()
+        if not self._has_some.is_set():
+            self._has_some.set()
+        elif len(self._spans) == _MANY:
+            self._has_many.set()
+
+    def force_flush(self, timeout_millis: float = 0) -> bool:
+        with self._exporting:
+            self._has_many.clear()
+            spans = [self._spans.popleft() for _ in range(len(self._spans))]
+            if spans:
+                self._exporter.export(spans)
+        return True
+
+    def shutdown(self) -> None:
+        self.force_flush()
+        self._is_over = True
+        self._has_some.set()
+
+    def _start(self) -> None:
+        """Start the thread, in a forked child its own, with nothing of the parent's."""
+        is_child = self._process != 0
+        self._process = os.getpid()
+        if is_child:
+            last = self._spans.pop()
+            self.__init__(self._exporter)  # type: ignore[misc]
+            self._process = os.getpid()
+            self._spans.append(last)
+        with contextlib.suppress(RuntimeError):  # too late for threads: the last flush exports
+            _threads.start("export", self._run)
+
+    def _run(self) -> None:
+        while not self._is_over:
+            self._has_some.wait()
+            self._has_many.wait(_COLLECT)
+            self._has_some.clear()
+            with contextlib.suppress(Exception):  # MLflow's own errors; it logs what it can tell
+                self.force_flush()
+
+
 class _Queue(AsyncTraceExportQueue):
     """MLflow's queue, which nothing comes into any more: to flush it is to flush the outbox."""
 
@@ -238,8 +303,24 @@ def adopt() -> None:
         exporter._async_queue.__class__ = _Queue
     for name in _Exporter.__annotations__:
         setattr(exporter, name, weakref.WeakValueDictionary())
+    processor: Any = _get_span_processor()  # type: ignore[no-untyped-call]
+    if getattr(processor, "_batch_delegate", None) is not None:
+        before, processor._batch_delegate = processor._batch_delegate, _Batch(exporter)
+        before.force_flush()
     exporter.__class__ = _Exporter
     _outbox.start()
+
+
+def is_alone() -> bool:
+    """Whether MLflow's present exporter writes by way of the outbox, and nobody sees spans before.
+
+    Others are another processor of OpenTelemetry's, and MLflow's own span processors.
+    """
+    active = getattr(provider.get(), "_active_span_processor", None)
+    processors: Sequence[Any] = getattr(active, "_span_processors", ())
+    if len(processors) != 1 or get_config().span_processors:
+        return False
+    return type(getattr(processors[0], "span_exporter", None)) is _Exporter
 
 
 def is_adopted() -> bool:

@@ -6,12 +6,15 @@ active in the very context, and no other.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
 import mlflow
-from mlflow.entities import LiveSpan
+from mlflow.entities import LiveSpan, Span
 from mlflow.tracing.trace_manager import InMemoryTraceManager
+
+from tlm_tracing._light import LightSpan
 
 
 def held(trace_id: str) -> AbstractContextManager[Any]:
@@ -38,17 +41,54 @@ def may_be_lost(span: Any, *, whole: bool) -> bool:
         return root is not None and root.end_time_ns is not None
 
 
+def start_light(
+    name: str, kind: str, parent: LiveSpan, start_time_ns: int | None = None
+) -> LightSpan:
+    """Start a light span in a live one; MLflow waits for its end, and writes it with the trace.
+
+    Args:
+        name: Its name.
+        kind: MLflow's type of span.
+        parent: What it is inside of.
+        start_time_ns: When it began, since 1970; now by default.
+    """
+    span = LightSpan(name, kind, parent, start_time_ns)
+    with held(span.trace_id) as trace:
+        if trace is not None:
+            trace.span_dict[span.span_id] = span
+    return span
+
+
+def light_inside(spans: Sequence[Any]) -> list[Span]:
+    """The light spans in these spans of one trace, as MLflow stores them, if they have ended."""
+    ids = {span.span_id for span in spans}
+    found: list[Span] = []
+    for trace_id in {span.trace_id for span in spans}:
+        with held(trace_id) as trace:
+            inside = [] if trace is None else list(trace.span_dict.values())
+        found += [
+            span.to_immutable_span()
+            for span in inside
+            if isinstance(span, LightSpan) and span.parent_id in ids and span.end_time_ns
+        ]
+    return found
+
+
 def copy(key: str, source: Any, target: Any) -> bool:
-    """Tell a span an attribute as another has it, which is written out already.
+    """Tell a live span a content attribute as another has it, which is written out already.
+
+    Args:
+        key: Inputs or outputs.
+        source: A light span.
+        target: A live one.
 
     Returns:
-        Whether both are spans of MLflow's that are recorded; nothing is told otherwise.
+        Whether the two are such spans; nothing is told otherwise.
     """
-    if not (isinstance(source, LiveSpan) and isinstance(target, LiveSpan)):
+    if not (isinstance(source, LightSpan) and isinstance(target, LiveSpan)):
         return False
-    written: Any = source._span
     open_one: Any = target._span
-    open_one.set_attribute(key, written.attributes[key])
+    open_one.set_attribute(key, source.written(key))
     return True
 
 
@@ -77,7 +117,7 @@ def discard(otel_trace_id: int, span_id: str) -> bool:
     return True
 
 
-def forget(span: LiveSpan) -> None:
+def forget(span: LiveSpan | LightSpan) -> None:
     """Have MLflow not wait for an open span any more, nor write it."""
     with held(span.trace_id) as trace:
         if trace is not None:

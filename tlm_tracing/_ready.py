@@ -52,9 +52,11 @@ class LaterSpan:
 
     trace_id = NO_OP_SPAN_TRACE_ID
 
-    def __init__(self, name: str, kind: str, parent: LaterSpan | None) -> None:
+    def __init__(
+        self, name: str, kind: str, parent: LaterSpan | None, start_time_ns: int | None = None
+    ) -> None:
         self.parent_id = None if parent is None else id(parent)
-        self.start_time_ns = time.time_ns()
+        self.start_time_ns = start_time_ns or time.time_ns()
         self.end_time_ns: int | None = None
         self._name = name
         self._kind = kind
@@ -81,10 +83,10 @@ class LaterSpan:
         """Have something done when the span has its ids, before it ends."""
         self._placed.append(place)
 
-    def end(self) -> None:
+    def end(self, end_time_ns: int | None = None) -> None:
         """End the span; with the last one the trace is whole."""
         if self.end_time_ns is None:
-            self.end_time_ns = time.time_ns()
+            self.end_time_ns = end_time_ns or time.time_ns()
             self._root._open -= 1
             if not self._root._open:
                 _start.keep(self._root)

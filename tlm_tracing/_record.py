@@ -24,6 +24,7 @@ from tlm_tracing import _exporter, _live, _outbox, _ready, _redacted
 from tlm_tracing._config import Config
 from tlm_tracing._data import Trust
 from tlm_tracing._endpoints import Endpoint
+from tlm_tracing._light import LightSpan
 from tlm_tracing._visible import shape, visible
 
 _NO_OP_TRACE_ID = "MLFLOW_NO_OP_SPAN_TRACE_ID"
@@ -47,7 +48,10 @@ EVALS = "tlm.evals."
 QUERY, CONTEXT = "tlm.query", "tlm.context"
 """Of a call that was not scored when it was made: what it is to be scored by."""
 
-AnySpan: TypeAlias = LiveSpan | _ready.LaterSpan
+OpenSpan: TypeAlias = LiveSpan | _ready.LaterSpan
+"""One that others can be inside of."""
+
+AnySpan: TypeAlias = OpenSpan | LightSpan
 
 
 class _Record:
@@ -62,7 +66,7 @@ class _Record:
         _outbox.called()
         self._visible = visible(config)
         self._captures = config.capture_content
-        self._span = _start(name, kind, None)
+        self._span = _start(name, kind)
         live = self._span.trace_id != _NO_OP_TRACE_ID
         self.trace_id: str | None = self._span.trace_id if live else None
         self.span_id: str | None = self._span.span_id if live else None
@@ -160,7 +164,7 @@ class CallRecord(_Record):
         model = str(request.get("model") or "")
         super().__init__(f"{endpoint.VERB} {model}".strip(), config)
         self._endpoint = endpoint
-        self._llm = _start(f"openai.{endpoint.NAME}", "CHAT_MODEL", self._span)
+        self._llm = start_inside(f"openai.{endpoint.NAME}", "CHAT_MODEL", self._span)
         self._scoring: AnySpan | None = None
         self._answer: Any = None
         self._shown_answer: Any = None
@@ -260,7 +264,7 @@ class CallRecord(_Record):
             query: What the context was retrieved for.
             context: What was retrieved, if that is named.
         """
-        self._scoring = _start("tlm.trustworthiness", "EVALUATOR", self._span)
+        self._scoring = start_inside("tlm.trustworthiness", "EVALUATOR", self._span)
         shown = self._visible(texts(prompt, responses, query, context))
         self._scoring.set_attribute(_INPUTS, shown)
         if is_partial:
@@ -296,7 +300,7 @@ class CallRecord(_Record):
 
         The score follows in the store.
         """
-        if isinstance(self._scoring, LiveSpan):
+        if isinstance(self._scoring, (LiveSpan, LightSpan)):
             self._is_let_go = True
             _live.forget(self._scoring)
             # Of no tokens, or the store would take the scoring's time for the trace's.
@@ -439,13 +443,31 @@ def _detach(token: Any) -> None:
         detach_span_from_context(token)
 
 
-def _start(name: str, kind: str, parent: AnySpan | None) -> AnySpan:
-    if parent is None and (parent := _ready.current()) is None and not _ready.wait():
-        return _ready.LaterSpan(name, kind, None)
+def start_inside(
+    name: str, kind: str, parent: OpenSpan, start_time_ns: int | None = None
+) -> AnySpan:
+    """Start a span in another; nothing will be inside of it.
+
+    Args:
+        name: Its name.
+        kind: Its type, as MLflow has it.
+        parent: What it is inside of.
+        start_time_ns: When it began, since 1970; now by default.
+    """
     if isinstance(parent, _ready.LaterSpan):
+        return _ready.LaterSpan(name, kind, parent, start_time_ns)
+    if isinstance(parent, LiveSpan) and _exporter.is_alone():
+        return _live.start_light(name, kind, parent, start_time_ns)
+    return _ready.start(name, kind, parent, start_time_ns)
+
+
+def _start(name: str, kind: str) -> OpenSpan:
+    if (parent := _ready.current()) is not None:
         return _ready.LaterSpan(name, kind, parent)
-    if parent is not None or not _active_span_has_ended():
-        return _ready.start(name, kind, parent)
+    if not _ready.wait():
+        return _ready.LaterSpan(name, kind, None)
+    if not _active_span_has_ended():
+        return _ready.start(name, kind, None)
     # The active span belongs to a block that is over, such as a task that outlived it:
     # a child of it would be lost with the trace that MLflow has already let go.
     context = contextvars.copy_context()
