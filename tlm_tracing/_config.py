@@ -38,6 +38,7 @@ SCORER_NAMES = ("hosted",)
 """The scorers that can be meant by name."""
 
 _PREFIX = "TLM_TRACING_"
+_MOST_MERGED = 32
 _QUOTES = frozenset("\"'`\u2018\u2019\u201c\u201d")
 _CLEANLAB_URL = "https://api.cleanlab.ai/api"
 _SECRET = re.compile("KEY|TOKEN|SECRET|PASSW|PASSPHRASE|CREDENTIAL|COOKIE|DSN", re.IGNORECASE)
@@ -196,7 +197,20 @@ def resolve(*layers: Mapping[str, Any]) -> Config:
     merged: dict[str, Any] = {}
     for layer in layers:
         merged.update(layer)
-    return replace(config, **merged) if merged else config
+    if not merged:
+        return config
+    # By identity: values need not be hashable, and are the same from call to call.
+    key = (id(config), *((name, id(value)) for name, value in merged.items()))
+    known = _merged.get(key)
+    if known is None:
+        if len(_merged) >= _MOST_MERGED:
+            _merged.clear()
+        # With what the identities are of, so that they stay theirs.
+        known = _merged[key] = (replace(config, **merged), (config, merged))
+    return known[0]
+
+
+_merged: dict[tuple[Any, ...], tuple[Config, Any]] = {}
 
 
 def is_set(name: str, *layers: Mapping[str, Any]) -> bool:

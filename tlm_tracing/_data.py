@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
@@ -65,10 +66,11 @@ class Trust:
     evals: Mapping[str, float] | None = field(default=None, hash=False)
     _settled: Future[Trust] | None = field(default=None, repr=False, compare=False)
 
-    @classmethod
-    def unscored(cls, reason: str) -> Trust:
+    @staticmethod
+    @functools.lru_cache(maxsize=len(REASONS))
+    def unscored(reason: str) -> Trust:
         """A trust without a score, and the word that says why."""
-        return cls(status="unscored", reason=reason)
+        return Trust(status="unscored", reason=reason)
 
     def untrustworthy_fields(self, threshold: float = 0.8) -> list[str]:
         """The fields whose score is below a threshold, the least trustworthy first.

@@ -491,7 +491,9 @@ def _placed(trust: Trust, record: _record.CallRecord) -> Trust:
 
 def _annotated(trust: Trust, notes: _annotate.Notes, trace_id: str, span_id: str) -> None:
     """Write a trust on its trace: at once in memory, else in the store as soon as it has it."""
-    placed = replace(trust, trace_id=trace_id, span_id=span_id)
+    placed = trust
+    if (trust.trace_id, trust.span_id) != (trace_id, span_id):
+        placed = replace(trust, trace_id=trace_id, span_id=span_id)
     if not _annotate.annotate_live(placed, notes):
         _outbox.post(functools.partial(_annotate.annotate_stored, placed, notes))
 

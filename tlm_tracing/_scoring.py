@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
+import functools
 import logging
 import math
 import os
@@ -154,8 +155,9 @@ def follow(verdict: Future[Verdict]) -> None:
     verdict.add_done_callback(following.discard)
 
 
+@functools.lru_cache(maxsize=len(REASONS))
 def unscored(reason: str) -> Future[Verdict]:
-    """The verdict on what is not even sent to a scorer."""
+    """The verdict on what is not even sent to a scorer; nobody can change it."""
     verdict: Future[Verdict] = Future()
     verdict.set_result(Verdict(Trust.unscored(reason)))
     return verdict
