@@ -8,7 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 from tlm_tracing import _annotate, _ends, _pipeline, _redacted, _scoring, _telemetry
 from tlm_tracing._config import Config
@@ -17,38 +17,12 @@ from tlm_tracing._record import CONTENT, _content, trust_attributes
 from tlm_tracing._scope import Scope
 from tlm_tracing.tlm_client import _told
 from tlm_tracing.tlm_client._asked import Asked
+from tlm_tracing.tlm_client._courses import Course, courses
+from tlm_tracing.tlm_client._kinds import PROMPT, Kind
 from tlm_tracing.tlm_client._record import TLMRecord
-from tlm_tracing.tlm_client._seams import Course, Rounds, courses
+from tlm_tracing.tlm_client._seams import Rounds
 
 _BATCH = "CHAIN"
-
-
-class Kind(NamedTuple):
-    """What a method is for.
-
-    Attributes:
-        span: The name of a pair's span.
-        span_type: Its type, as MLflow has it.
-        is_scored: Whether the pair gets a score.
-    """
-
-    span: str
-    span_type: str
-    is_scored: bool = True
-
-
-_SCORE = Kind("tlm.trustworthiness", "EVALUATOR")
-_PROMPT = Kind("tlm.prompt", "LLM")
-_EXPLAIN = Kind("tlm.explanation", "EVALUATOR", is_scored=False)
-
-METHODS: Mapping[str, Kind] = {
-    "get_trustworthiness_score": _SCORE,
-    "score": _SCORE,
-    "prompt": _PROMPT,
-    "generate": _PROMPT,
-    "get_explanation": _EXPLAIN,
-}
-"""The methods that are traced, each with its async twin."""
 
 
 @dataclass
@@ -226,7 +200,7 @@ class TLMCall:
         notes = _annotate.Notes(
             model=self._about.model,
             preset=self._about.preset,
-            llm_model=self._about.llm if self._kind is _PROMPT else None,
+            llm_model=self._about.llm if self._kind is PROMPT else None,
         )
         record.when_placed(functools.partial(_pipeline._annotated, record.shown(trust), notes))
         action = "flagged" if self._is_low(trust) else None
@@ -238,7 +212,7 @@ class TLMCall:
             trust, detail = _told.failed(course.error), None
         else:
             trust, detail = _told.judged(course.result, self._client)
-        if self._kind is _PROMPT and not _told.has_answer(course.result):
+        if self._kind is PROMPT and not _told.has_answer(course.result):
             trust = Trust.unscored("call_failed")
         return trust, detail
 
@@ -251,7 +225,7 @@ class TLMCall:
         told: dict[str, Any] = {CONTENT: _content(self._config)}
         if self._kind.is_scored:
             told["tlm.threshold"] = self._config.threshold
-        if self._kind is _PROMPT:
+        if self._kind is PROMPT:
             told |= {"mlflow.llm.model": self._about.llm, "mlflow.llm.provider": "cleanlab"}
         return told
 
