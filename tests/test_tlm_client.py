@@ -594,18 +594,36 @@ def test_what_could_be_pickled_still_can_and_is_traced(traces):
     traces(2)
 
 
-def test_a_subclass_with_methods_of_its_own(trace):
-    class Doubtful(TLM):
-        def get_trustworthiness_score(self, prompt, response, **kwargs):
-            """Halves."""
-            result = super().get_trustworthiness_score(prompt, response, **kwargs)
-            return {"trustworthiness_score": result["trustworthiness_score"] / 2}
+class Doubtful(TLM):
+    """Has half of TLM's trust."""
 
+    def get_trustworthiness_score(self, prompt, response, **kwargs):
+        found = super().get_trustworthiness_score(prompt, response, **kwargs)
+        if isinstance(found, dict):
+            return {"trustworthiness_score": found["trustworthiness_score"] / 2}
+        return [{"trustworthiness_score": one["trustworthiness_score"] / 2} for one in found]
+
+
+def test_a_subclass_with_methods_of_its_own(trace):
     tlm = wrap_tlm(make(Doubtful))
-    assert tlm.get_trustworthiness_score(PROMPTS[0], RESPONSES[0]) == {
-        "trustworthiness_score": 0.48
-    }
-    assert only_span(trace()).attributes["tlm.trustworthiness_score"] == 0.48
+    half = {"trustworthiness_score": 0.48}
+    assert tlm.get_trustworthiness_score(PROMPTS[0], RESPONSES[0]) == half
+    span = only_span(trace())
+    assert (span.outputs, span.attributes["tlm.trustworthiness_score"]) == (half, 0.48)
+
+
+def test_what_a_batch_gives_in_the_end_is_what_counts(trace):
+    wrap_tlm(make(Doubtful)).get_trustworthiness_score(PROMPTS, RESPONSES)
+    found = trace()
+    _, pairs = parted(found)
+    assert [span.outputs for span in pairs] == [
+        {"trustworthiness_score": score / 2} for score in SCORES
+    ]
+    assert [span.attributes["tlm.trustworthiness_score"] for span in pairs] == [
+        score / 2 for score in SCORES
+    ]
+    assert sorted(one.value for one in found.info.assessments) == sorted(s / 2 for s in SCORES)
+    assert all("tlm.timing" not in span.attributes for span in pairs)
 
 
 def test_a_deprecated_method_warns_its_caller_and_is_traced(tlm, trace):

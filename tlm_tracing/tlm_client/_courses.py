@@ -59,14 +59,20 @@ def courses(rounds: Rounds, count: int, until: int) -> list[Course | None]:
         if len(answered) == len(timings):
             for way, timing in zip(answered, timings, strict=True):
                 way.append(timing)
-    return [_course(way, until) for way in ways]
+    return [course_of(way, until) for way in ways]
 
 
-def _course(way: Sequence[Timing], until: int) -> Course | None:
+def course_of(way: Sequence[Timing], until: int | None = None) -> Course | None:
+    """How a pair fared; None if it was not begun, or nobody knows when it was over.
+
+    Args:
+        way: What was asked for it, one after the other.
+        until: When it was over, unless the last of these tells.
+    """
     first, last = way[0], way[-1]
-    if first.begun is None:
+    ended = until if last.ended is None else last.ended
+    if first.begun is None or ended is None:
         return None
     began = first.begun if first.sent is None else first.sent
     queued = None if first.sent is None else first.sent - first.begun
-    ended = until if last.ended is None else last.ended
     return Course(began, ended, queued, result=last.result, error=last.error)

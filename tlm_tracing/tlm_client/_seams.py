@@ -39,6 +39,8 @@ class Timing:
 
     Attributes:
         number: Which pair of its round.
+        is_first: Whether that is the call's first round.
+        is_last: Whether it is the last, too, as far as can be told.
         begun: When it began to wait for its turn; None if it has not.
         sent: When its turn had come; None if the client does not make it wait.
         ended: When it was over; None if it is not.
@@ -47,36 +49,36 @@ class Timing:
     """
 
     number: int
+    is_first: bool
+    is_last: bool
     begun: int | None = None
     sent: int | None = None
     ended: int | None = None
     result: Any = None
     error: BaseException | None = None
 
-    async def of(self, ask: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Ask TLM, and note how it goes."""
-        self.begun = time.time_ns()
-        try:
-            self.result = await ask(*args, **kwargs)
-        except BaseException as error:
-            self.error = error
-            raise
-        finally:
-            self.ended = time.time_ns()
-        return self.result
-
 
 class Rounds:
     """What a call of a client asks for, pair by pair, in a round for each kind of request."""
 
-    def __init__(self, when_sent: Callable[[int, int], None]) -> None:
+    def __init__(
+        self,
+        client: Any,
+        *,
+        when_sent: Callable[[Timing], None],
+        when_ended: Callable[[Timing], None],
+    ) -> None:
         """Nothing has been asked yet.
 
         Args:
-            when_sent: Told of each pair of the first round, by its number, when its turn has
-                come.
+            client: Whose call it is.
+            when_sent: Told of each pair of the first round when its turn has come.
+            when_ended: Told of it when it is over, unless it is a client inside of this one that
+                has asked for it: then that is not the end.
         """
+        self._client = id(client)
         self._when_sent = when_sent
+        self._when_ended = when_ended
         self._rounds: dict[tuple[int, str], list[Timing]] = {}
 
     def __iter__(self) -> Iterator[list[Timing]]:
@@ -90,16 +92,30 @@ class Rounds:
             name: By which of its methods.
         """
         timings = self._rounds.setdefault((id(client), name), [])
-        timings.append(Timing(len(timings)))
+        is_first = len(self._rounds) == 1
+        timings.append(Timing(len(timings), is_first, is_first and id(client) == self._client))
         return timings[-1]
+
+    async def ask(self, timing: Timing, ask: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Ask TLM for a pair, and note how it goes."""
+        timing.begun = time.time_ns()
+        try:
+            timing.result = await ask(*args, **kwargs)
+        except BaseException as error:
+            timing.error = error
+            raise
+        finally:
+            timing.ended = time.time_ns()
+            if timing.is_last:
+                self._when_ended(timing)
+        return timing.result
 
     def sent(self, timing: Timing) -> None:
         """A pair's turn has come."""
         if timing.sent is None:  # or it is a retry
             timing.sent = time.time_ns()
-            first = next(iter(self), [])
-            if timing.number < len(first) and first[timing.number] is timing:
-                self._when_sent(timing.number, timing.sent)
+            if timing.is_first:
+                self._when_sent(timing)
 
 
 class Bound(wrapt.ObjectProxy):  # type: ignore[misc,type-arg,unused-ignore]
@@ -130,7 +146,8 @@ class Watched(Bound):
         client, rounds = self.__wrapped__, self._self_rounds
         timing = rounds.begin(client, name)
         sent = functools.partial(rounds.sent, timing)
-        return timing.of(types.MethodType(function, _One(client, sent)), args, kwargs)
+        asking = types.MethodType(function, _One(client, sent))
+        return rounds.ask(timing, asking, args, kwargs)
 
 
 class _One(Bound):
