@@ -84,7 +84,7 @@ def record(*questions):
     for question in questions:
         answer(question)
     mlflow.openai.autolog(disable=True)
-    mlflow.flush_trace_async_logging()
+    assert tt.flush(60)
     return mlflow.search_traces()
 
 
@@ -292,7 +292,7 @@ def test_of_several_calls_the_lowest_score_is_told(sandbox, stored):
         answer(ROWS[0][0])
         answer(ROWS[1][0])
     mlflow.openai.autolog(disable=True)
-    mlflow.flush_trace_async_logging()
+    assert tt.flush(60)
     evaluate(mlflow.search_traces())
     assert len(prompts(sandbox)) == 2
     (trace,) = stored()
@@ -305,7 +305,7 @@ def test_a_trace_without_a_call_is_scored_by_what_goes_in_and_out(sandbox, store
         return ROWS[0][1]
 
     application(ROWS[0][0])
-    mlflow.flush_trace_async_logging()
+    assert tt.flush(60)
     for _ in range(2):
         evaluate(mlflow.search_traces())
     assert prompts(sandbox) == [ROWS[0][0]]
@@ -359,7 +359,9 @@ def test_a_traced_application_is_not_scored_twice(sandbox, stored, is_async):
 
 def test_an_application_without_traces_of_ours_is_scored_from_its_trace(sandbox, stored):
     """MLflow's own tracing of OpenAI's client is enough."""
+    mlflow.openai.autolog()
     result = evaluate([{"inputs": row["inputs"]} for row in DATA], predict_fn=answer)
+    mlflow.openai.autolog(disable=True)
     assert len(prompts(sandbox)) == len(ROWS)
     assert all("You are brief." in prompt for prompt in prompts(sandbox))
     assert result.metrics["trustworthiness/mean"] == pytest.approx(0.5)

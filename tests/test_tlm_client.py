@@ -19,6 +19,7 @@ from cleanlab_tlm.utils.responses import TLMResponses
 from mlflow.entities import SpanStatusCode
 
 import tlm_tracing as tt
+from tlm_tracing import _ready
 from tlm_tracing.exceptions import ConfigurationError
 from tlm_tracing.tlm_client import wrap_tlm
 
@@ -140,6 +141,7 @@ def test_an_answer_is_a_scored_llm_call(tlm, call, trace, experiment):
     assert span.inputs == {"prompt": PROMPTS[1]}
     assert span.outputs == result
     assert span.attributes["mlflow.llm.model"] == "gpt-4.1-mini"
+    assert (found.info.request_preview, found.info.response_preview) == (PROMPTS[1], RESPONSES[1])
     assert tags(found)["trust_score"] == "0.0312"
     (assessment,) = found.info.assessments
     assert assessment.metadata["llm_model"] == "gpt-4.1-mini"
@@ -592,18 +594,36 @@ def test_what_could_be_pickled_still_can_and_is_traced(traces):
     traces(2)
 
 
-def test_a_subclass_with_methods_of_its_own(trace):
-    class Doubtful(TLM):
-        def get_trustworthiness_score(self, prompt, response, **kwargs):
-            """Halves."""
-            result = super().get_trustworthiness_score(prompt, response, **kwargs)
-            return {"trustworthiness_score": result["trustworthiness_score"] / 2}
+class Doubtful(TLM):
+    """Has half of TLM's trust."""
 
+    def get_trustworthiness_score(self, prompt, response, **kwargs):
+        found = super().get_trustworthiness_score(prompt, response, **kwargs)
+        if isinstance(found, dict):
+            return {"trustworthiness_score": found["trustworthiness_score"] / 2}
+        return [{"trustworthiness_score": one["trustworthiness_score"] / 2} for one in found]
+
+
+def test_a_subclass_with_methods_of_its_own(trace):
     tlm = wrap_tlm(make(Doubtful))
-    assert tlm.get_trustworthiness_score(PROMPTS[0], RESPONSES[0]) == {
-        "trustworthiness_score": 0.48
-    }
-    assert only_span(trace()).attributes["tlm.trustworthiness_score"] == 0.48
+    half = {"trustworthiness_score": 0.48}
+    assert tlm.get_trustworthiness_score(PROMPTS[0], RESPONSES[0]) == half
+    span = only_span(trace())
+    assert (span.outputs, span.attributes["tlm.trustworthiness_score"]) == (half, 0.48)
+
+
+def test_what_a_batch_gives_in_the_end_is_what_counts(trace):
+    wrap_tlm(make(Doubtful)).get_trustworthiness_score(PROMPTS, RESPONSES)
+    found = trace()
+    _, pairs = parted(found)
+    assert [span.outputs for span in pairs] == [
+        {"trustworthiness_score": score / 2} for score in SCORES
+    ]
+    assert [span.attributes["tlm.trustworthiness_score"] for span in pairs] == [
+        score / 2 for score in SCORES
+    ]
+    assert sorted(one.value for one in found.info.assessments) == sorted(s / 2 for s in SCORES)
+    assert all("tlm.timing" not in span.attributes for span in pairs)
 
 
 def test_a_deprecated_method_warns_its_caller_and_is_traced(tlm, trace):
@@ -748,6 +768,15 @@ def test_a_scorer_may_use_it(tlm, trace):
     assert len(trace().data.spans) == 3
 
 
+def test_what_has_its_score_is_not_scored_again(tlm, traces, scorer):
+    tlm.prompt(PROMPTS[0])
+    tlm.prompt(PROMPTS)
+    tlm.get_trustworthiness_score(PROMPTS, RESPONSES)
+    before = [tags(one) for one in traces(3)]
+    assert len(tt.score_traces(scorer=scorer)) == 0
+    assert [tags(one) for one in traces(3)] == before
+
+
 def test_in_an_evaluation_of_mlflows(traces):
     """A scorer of MLflow's that asks TLM, and an application that answers by it."""
 
@@ -767,6 +796,23 @@ def test_in_an_evaluation_of_mlflows(traces):
     assert result.metrics["trustworthy/mean"] == pytest.approx(sum(SCORES) / 3)
     answers = [one for one in traces() if any(s.name == "tlm.prompt" for s in one.data.spans)]
     assert sorted(float(tags(one)["trust_score"]) for one in answers) == sorted(SCORES)
+
+
+def test_before_mlflow_is_ready(tlm, monkeypatch, trace):
+    """What is recorded until then becomes a trace later, with its own times."""
+    monkeypatch.setattr(_ready, "wait", lambda: False)
+    began = time.time_ns()
+    tlm.get_trustworthiness_score(PROMPTS, RESPONSES)
+    ended = time.time_ns()
+    found = trace()
+    batch, pairs = parted(found)
+    assert [span.attributes["tlm.trustworthiness_score"] for span in pairs] == SCORES
+    assert tags(found)["trust_score"] == "0.0312"
+    assert len(found.info.assessments) == 3
+    for span in pairs:
+        seconds = span.attributes["tlm.seconds"]
+        assert seconds == (span.end_time_ns - span.start_time_ns) / 1e9
+        assert began < batch.start_time_ns < span.start_time_ns < span.end_time_ns < ended
 
 
 # Cleanlab's other clients.
@@ -845,6 +891,16 @@ def test_the_score_of_a_completion(call, trace):
     assert span.inputs["messages"] == asked["messages"]
     assert span.inputs["response"]["choices"][0]["message"]["content"] == RESPONSES[1]
     assert span.attributes["tlm.client"] == "TLMChatCompletion"
+
+
+def test_the_explanation_of_a_completion(trace):
+    asked = {"model": "gpt-4o", "messages": [{"role": "user", "content": PROMPTS[1]}]}
+    tlm = wrap_tlm(make(TLMChatCompletion, options={}))
+    told = tlm.get_explanation(
+        response=completion_of(PROMPTS[1]), tlm_result={"trustworthiness_score": 0.0312}, **asked
+    )
+    span = only_span(trace())
+    assert (span.name, span.outputs, told) == ("tlm.explanation", "It is 3.", "It is 3.")
 
 
 def test_the_score_of_a_response(trace):

@@ -12,7 +12,8 @@ from typing import Any, TypeVar, cast
 from tlm_tracing import _config, _patches, _pipeline, _scope
 from tlm_tracing.exceptions import ConfigurationError
 from tlm_tracing.tlm_client._asked import Asked
-from tlm_tracing.tlm_client._call import METHODS, Kind, TLMCall
+from tlm_tracing.tlm_client._call import TLMCall
+from tlm_tracing.tlm_client._kinds import METHODS, Kind
 from tlm_tracing.tlm_client._seams import Bound, Watched, is_client
 
 T = TypeVar("T")

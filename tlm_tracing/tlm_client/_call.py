@@ -1,4 +1,4 @@
-"""One call of a TLM client: what is asked, what is told, and how far that can be trusted."""
+"""One call of a TLM client: its span, and in it those of the pairs of a batch."""
 
 from __future__ import annotations
 
@@ -6,64 +6,21 @@ import asyncio
 import functools
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
-from tlm_tracing import _annotate, _ends, _pipeline, _redacted, _scoring, _telemetry
+from tlm_tracing import _ends, _pipeline, _redacted
 from tlm_tracing._config import Config
-from tlm_tracing._data import Trust
-from tlm_tracing._record import CONTENT, _content, trust_attributes
+from tlm_tracing._record import CONTENT, _content
 from tlm_tracing._scope import Scope
-from tlm_tracing.tlm_client import _told
 from tlm_tracing.tlm_client._asked import Asked
+from tlm_tracing.tlm_client._courses import Course, course_of, courses
+from tlm_tracing.tlm_client._kinds import Kind
 from tlm_tracing.tlm_client._record import TLMRecord
-from tlm_tracing.tlm_client._seams import Course, Rounds, courses
+from tlm_tracing.tlm_client._seams import Rounds, Timing
+from tlm_tracing.tlm_client._settle import Pair, Settled, Settler
 
 _BATCH = "CHAIN"
-
-
-class Kind(NamedTuple):
-    """What a method is for.
-
-    Attributes:
-        span: The name of a pair's span.
-        span_type: Its type, as MLflow has it.
-        is_scored: Whether the pair gets a score.
-    """
-
-    span: str
-    span_type: str
-    is_scored: bool = True
-
-
-_SCORE = Kind("tlm.trustworthiness", "EVALUATOR")
-_PROMPT = Kind("tlm.prompt", "LLM")
-_EXPLAIN = Kind("tlm.explanation", "EVALUATOR", is_scored=False)
-
-METHODS: Mapping[str, Kind] = {
-    "get_trustworthiness_score": _SCORE,
-    "score": _SCORE,
-    "prompt": _PROMPT,
-    "generate": _PROMPT,
-    "get_explanation": _EXPLAIN,
-}
-"""The methods that are traced, each with its async twin."""
-
-
-@dataclass
-class Pair:
-    """A prompt and its response, or what is to become one.
-
-    Attributes:
-        request: What is asked, by the names of the arguments.
-        trust: The trust in it; None as long as nothing is known.
-        answer: What TLM told.
-    """
-
-    request: Mapping[str, Any]
-    trust: Trust | None = None
-    answer: Any = None
 
 
 class TLMCall:
@@ -94,13 +51,13 @@ class TLMCall:
         """
         _ends.prepare()
         _redacted.learn([getattr(client, "_api_key", None)])
-        self.rounds = Rounds(self._sent)
-        self._sent_pairs: deque[tuple[int, int]] = deque()
-        self._records: dict[int, TLMRecord] = {}
+        self.rounds = Rounds(client, when_sent=self._sent, when_ended=self._ended)
+        self._chores: deque[Callable[[], None]] = deque()
+        self._early: dict[int, Settled] = {}
         self._client = client
         self._kind = kind
         self._config = config
-        self._about = _told.about(client)
+        self._settler = Settler(client, kind, config)
         self._pairs = [Pair(one) for one in asked.pairs]
         self._is_batch = asked.count is not None
         self._is_over = False
@@ -129,7 +86,7 @@ class TLMCall:
             # Now: an explanation is noted in the very result that is asked about.
             self._inputs = [self._record.seen(pair.request) for pair in self._pairs]
         else:
-            self._record.note({**told, **self._attributes()})
+            self._record.note({**told, **self._settler.attributes()})
 
     def returned(self, result: Any) -> None:
         """The call is over: this is what its caller gets."""
@@ -144,13 +101,13 @@ class TLMCall:
     def _conclude(self, result: Any, error: BaseException | None) -> None:
         ended = time.time_ns()
         self._is_over = True
-        self._sent_pairs.clear()
+        self._chores.clear()
         if self._is_batch:
             self._batch(result, error, ended)
         else:
             seen = courses(self.rounds, 1, ended)[0] or Course(self._began, ended)
             course = seen._replace(ended=ended, result=result, error=error)
-            self._settle(self._record, self._pairs[0], course)
+            self._settler.annotate(self._pairs[0], self._settler.settle(self._record, course))
             self._record.close()
 
     def _batch(self, results: Any, error: BaseException | None, ended: int) -> None:
@@ -163,97 +120,65 @@ class TLMCall:
             ]
         for number, (pair, course) in enumerate(zip(self._pairs, found, strict=True)):
             if course is not None:
-                record = self._records.get(number) if course.is_own else None
-                record = record or self._inside(number, course.began)
-                record.ended = course.ended
-                self._settle(
-                    record, pair, course if course.is_over else course._replace(error=error)
-                )
+                if not course.is_over:
+                    course = course._replace(error=error)
+                settled = self._early_of(number, course)
+                settled.record.ended = course.ended
+                self._settler.annotate(pair, settled)
         self._sum_up(len(found) - found.count(None))
         if error is not None:
             self._record.failed(error)
         self._record.close()
 
-    def _sent(self, number: int, when: int) -> None:
-        """A pair of a batch is on its way: its span is opened while its result is waited for."""
-        with _pipeline.guarded("recording a call of TLM's"):
-            is_awaited = self._is_batch and not self._is_over and number < len(self._pairs)
-            if is_awaited and self._record.trace_id is not None:
-                self._sent_pairs.append((number, when))
-                if len(self._sent_pairs) == 1:
-                    asyncio.get_running_loop().call_soon(self._open_one)
+    # What can be recorded of a batch's pairs while TLM is waited for, one thing at a time, so that
+    # the client's event loop is never held up.
 
-    def _open_one(self) -> None:
-        """One at a time, so that the client's event loop is never held up."""
+    def _sent(self, timing: Timing) -> None:
+        self._soon(functools.partial(self._open, timing))
+
+    def _ended(self, timing: Timing) -> None:
+        self._soon(functools.partial(self._settle, timing))
+
+    def _soon(self, chore: Callable[[], None]) -> None:
         with _pipeline.guarded("recording a call of TLM's"):
-            if self._sent_pairs:
-                number, began = self._sent_pairs.popleft()
-                self._records[number] = self._inside(number, began)
-                if self._sent_pairs:
-                    asyncio.get_running_loop().call_soon(self._open_one)
+            if self._is_batch and not self._is_over and self._record.trace_id is not None:
+                self._chores.append(chore)
+                if len(self._chores) == 1:
+                    asyncio.get_running_loop().call_soon(self._do_one)
+
+    def _do_one(self) -> None:
+        with _pipeline.guarded("recording a call of TLM's"):
+            if self._chores:
+                self._chores[0]()
+        if self._chores:
+            self._chores.popleft()
+        if self._chores:
+            asyncio.get_running_loop().call_soon(self._do_one)
+
+    def _open(self, timing: Timing) -> None:
+        if timing.sent is not None and timing.number < len(self._pairs):
+            self._early[timing.number] = Settled(self._inside(timing.number, timing.sent))
+
+    def _settle(self, timing: Timing) -> None:
+        if (early := self._early.get(timing.number)) and timing.error is None:
+            course = course_of([timing])
+            if course is not None:
+                self._early[timing.number] = self._settler.settle(early.record, course)
+
+    def _early_of(self, number: int, course: Course) -> Settled:
+        """What was recorded of a pair early, if that is still true; else it is recorded now."""
+        early = self._early.get(number) if course.is_own else None
+        if early is not None and early.course is None:
+            return self._settler.settle(early.record, course)
+        if early is not None and early.tells(course):
+            return early
+        return self._settler.settle(self._inside(number, course.began), course)
 
     def _inside(self, number: int, began: int) -> TLMRecord:
         name, span_type, _ = self._kind
         record = self._record.inside(name, span_type, self._inputs[number], began)
-        record.note(self._attributes())
+        record.note(self._settler.attributes())
         return record
-
-    def _settle(self, record: TLMRecord, pair: Pair, course: Course) -> None:
-        """Write down what became of a pair."""
-        if course.error is not None:
-            record.failed(course.error)
-        else:
-            record.outputs(course.result)
-        judged = self._judged(record, pair, course) if self._kind.is_scored else {}
-        record.note({**_times(course), **judged})
-
-    def _judged(self, record: TLMRecord, pair: Pair, course: Course) -> dict[str, Any]:
-        """Write the trust in a pair on the trace; gives what its span is to tell of it."""
-        found, detail = self._trust(course)
-        is_timed = course.is_own and found.score is not None
-        trust = replace(
-            found,
-            trace_id=record.trace_id,
-            span_id=record.span_id,
-            scorer=self._about.scorer,
-            seconds=course.seconds if is_timed else None,
-        )
-        pair.trust, pair.answer = trust, course.result
-        if detail is not None:
-            record.went_wrong(detail)
-        _scoring.count(trust)
-        _telemetry.settled(trust, self._config, None)
-        notes = _annotate.Notes(
-            model=self._about.model,
-            preset=self._about.preset,
-            llm_model=self._about.llm if self._kind is _PROMPT else None,
-        )
-        record.when_placed(functools.partial(_pipeline._annotated, record.shown(trust), notes))
-        action = "flagged" if self._is_low(trust) else None
-        return {**trust_attributes(trust), "tlm.action": action}
-
-    def _trust(self, course: Course) -> tuple[Trust, str | None]:
-        """The trust in a pair, and what went wrong, if that is not told already."""
-        if course.error is not None:
-            trust, detail = _told.failed(course.error), None
-        else:
-            trust, detail = _told.judged(course.result, self._client)
-        if self._kind is _PROMPT and not _told.has_answer(course.result):
-            trust = Trust.unscored("call_failed")
-        return trust, detail
-
-    def _is_low(self, trust: Trust) -> bool:
-        threshold = self._config.threshold
-        return trust.score is not None and threshold is not None and trust.score < threshold
-
-    def _attributes(self) -> dict[str, Any]:
-        """What the span of each pair tells."""
-        told: dict[str, Any] = {CONTENT: _content(self._config)}
-        if self._kind.is_scored:
-            told["tlm.threshold"] = self._config.threshold
-        if self._kind is _PROMPT:
-            told |= {"mlflow.llm.model": self._about.llm, "mlflow.llm.provider": "cleanlab"}
-        return told
 
     def _sum_up(self, count: int) -> None:
         """Say on a batch's own span what became of it."""
@@ -264,10 +189,3 @@ class TLMCall:
         scores = [trust.score for trust in trusts if trust.score is not None]
         told = {"trust_score": min(scores, default=None), "scored": len(scores)}
         self._record.outputs({**told, "unscored": count - len(scores)})
-
-
-def _times(course: Course) -> dict[str, Any]:
-    """What a pair's span tells of its times beside when it began and ended."""
-    if not course.is_own:
-        return {"tlm.timing": "batch"}
-    return {"tlm.queued_seconds": None if course.queued is None else course.queued / 1e9}

@@ -38,6 +38,24 @@ class TLMRecord(_record._Record):
         self._pairs: list[TLMRecord] = []
         self.inputs(inputs)
 
+    def inputs(self, value: Any) -> None:
+        """Record what is asked."""
+        self._list("request_preview", self._put(self._span.set_inputs, value), "query", "prompt")
+
+    def outputs(self, value: Any) -> None:
+        """Record what was told."""
+        self._list("response_preview", self._put(self._span.set_outputs, value), "response")
+
+    def _list(self, preview: str, shown: Any, *names: str) -> None:
+        """Have MLflow list the trace by its texts alone."""
+        if self._span.parent_id is not None or not isinstance(shown, Mapping):
+            return
+        texts = (text for name in names if isinstance(text := shown.get(name), str))
+        if (text := next(texts, None)) is not None:
+            with _live.held(self._span.trace_id) as trace:
+                if trace is not None and getattr(trace.info, preview) is None:
+                    setattr(trace.info, preview, text[: _record._PREVIEW])
+
     def inside(self, name: str, kind: str, inputs: Any, began: int) -> TLMRecord:
         """Open the span of a pair in this one, which is that of a batch.
 

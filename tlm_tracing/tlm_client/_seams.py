@@ -13,13 +13,11 @@ from __future__ import annotations
 import functools
 import time
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import wrapt
-
-from tlm_tracing.tlm_client._told import has_answer
 
 _PACKAGE = "cleanlab_tlm"
 _ONE_PAIR = frozenset(
@@ -41,6 +39,8 @@ class Timing:
 
     Attributes:
         number: Which pair of its round.
+        is_first: Whether that is the call's first round.
+        is_last: Whether it is the last, too, as far as can be told.
         begun: When it began to wait for its turn; None if it has not.
         sent: When its turn had come; None if the client does not make it wait.
         ended: When it was over; None if it is not.
@@ -49,36 +49,36 @@ class Timing:
     """
 
     number: int
+    is_first: bool
+    is_last: bool
     begun: int | None = None
     sent: int | None = None
     ended: int | None = None
     result: Any = None
     error: BaseException | None = None
 
-    async def of(self, ask: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Ask TLM, and note how it goes."""
-        self.begun = time.time_ns()
-        try:
-            self.result = await ask(*args, **kwargs)
-        except BaseException as error:
-            self.error = error
-            raise
-        finally:
-            self.ended = time.time_ns()
-        return self.result
-
 
 class Rounds:
     """What a call of a client asks for, pair by pair, in a round for each kind of request."""
 
-    def __init__(self, when_sent: Callable[[int, int], None]) -> None:
+    def __init__(
+        self,
+        client: Any,
+        *,
+        when_sent: Callable[[Timing], None],
+        when_ended: Callable[[Timing], None],
+    ) -> None:
         """Nothing has been asked yet.
 
         Args:
-            when_sent: Told of each pair of the first round, by its number, when its turn has
-                come.
+            client: Whose call it is.
+            when_sent: Told of each pair of the first round when its turn has come.
+            when_ended: Told of it when it is over, unless it is a client inside of this one that
+                has asked for it: then that is not the end.
         """
+        self._client = id(client)
         self._when_sent = when_sent
+        self._when_ended = when_ended
         self._rounds: dict[tuple[int, str], list[Timing]] = {}
 
     def __iter__(self) -> Iterator[list[Timing]]:
@@ -92,16 +92,30 @@ class Rounds:
             name: By which of its methods.
         """
         timings = self._rounds.setdefault((id(client), name), [])
-        timings.append(Timing(len(timings)))
+        is_first = len(self._rounds) == 1
+        timings.append(Timing(len(timings), is_first, is_first and id(client) == self._client))
         return timings[-1]
+
+    async def ask(self, timing: Timing, ask: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Ask TLM for a pair, and note how it goes."""
+        timing.begun = time.time_ns()
+        try:
+            timing.result = await ask(*args, **kwargs)
+        except BaseException as error:
+            timing.error = error
+            raise
+        finally:
+            timing.ended = time.time_ns()
+            if timing.is_last:
+                self._when_ended(timing)
+        return timing.result
 
     def sent(self, timing: Timing) -> None:
         """A pair's turn has come."""
         if timing.sent is None:  # or it is a retry
             timing.sent = time.time_ns()
-            first = next(iter(self), [])
-            if timing.number < len(first) and first[timing.number] is timing:
-                self._when_sent(timing.number, timing.sent)
+            if timing.is_first:
+                self._when_sent(timing)
 
 
 class Bound(wrapt.ObjectProxy):  # type: ignore[misc,type-arg,unused-ignore]
@@ -132,7 +146,8 @@ class Watched(Bound):
         client, rounds = self.__wrapped__, self._self_rounds
         timing = rounds.begin(client, name)
         sent = functools.partial(rounds.sent, timing)
-        return timing.of(types.MethodType(function, _One(client, sent)), args, kwargs)
+        asking = types.MethodType(function, _One(client, sent))
+        return rounds.ask(timing, asking, args, kwargs)
 
 
 class _One(Bound):
@@ -176,66 +191,3 @@ def _is_client_class(kind: type) -> bool:
         base.__module__.partition(".")[0] == _PACKAGE and _CALLS & vars(base).keys()
         for base in kind.__mro__
     )
-
-
-class Course(NamedTuple):
-    """How a pair fared, from its turn to its end. Times are in nanoseconds since 1970.
-
-    Attributes:
-        began: When its turn had come.
-        ended: When it was over, or was given up.
-        queued: How long it had waited for its turn; None if nobody knows.
-        is_own: Whether these are its own times, not those of the whole batch.
-        result: What came of it, if that is known.
-        error: What was raised, if that is known.
-    """
-
-    began: int
-    ended: int
-    queued: int | None = None
-    is_own: bool = True
-    result: Any = None
-    error: BaseException | None = None
-
-    @property
-    def is_over(self) -> bool:
-        """Whether anything is known to have come of it."""
-        return self.result is not None or self.error is not None
-
-    @property
-    def seconds(self) -> float:
-        """How long it took."""
-        return (self.ended - self.began) / 1e9
-
-
-def courses(rounds: Rounds, count: int, until: int) -> list[Course | None]:
-    """How each pair of a call fared.
-
-    Args:
-        rounds: What was seen.
-        count: How many pairs there are.
-        until: When the call was over.
-
-    Returns:
-        One for each pair, in their order; None for those of which nothing was seen.
-    """
-    first, *later = list(rounds) or [[]]
-    if len(first) != count:
-        return [None] * count
-    ways = [[timing] for timing in first]
-    for timings in later:  # answers are asked for first, then the scores of those that came
-        answered = [way for way in ways if has_answer(way[-1].result)]
-        if len(answered) == len(timings):
-            for way, timing in zip(answered, timings, strict=True):
-                way.append(timing)
-    return [_course(way, until) for way in ways]
-
-
-def _course(way: Sequence[Timing], until: int) -> Course | None:
-    first, last = way[0], way[-1]
-    if first.begun is None:
-        return None
-    began = first.begun if first.sent is None else first.sent
-    queued = None if first.sent is None else first.sent - first.begun
-    ended = until if last.ended is None else last.ended
-    return Course(began, ended, queued, result=last.result, error=last.error)
