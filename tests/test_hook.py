@@ -239,7 +239,7 @@ def test_when_openai_fails_the_caller_meets_what_the_bare_client_raises(
         "_endpoints.chat.tools",
         "_endpoints.chat.attributes",
         "_record.trust_attributes",
-        "_live.root_has_ended",
+        "_live.may_be_lost",
     ],
 )
 def test_a_bug_of_ours_reaches_no_caller_and_holds_back_no_trace(

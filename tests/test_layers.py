@@ -9,7 +9,7 @@ import tlm_tracing
 
 PACKAGE = Path(tlm_tracing.__file__).parent
 FLOORS = [
-    {"_data", "exceptions", "_live", "_redacted"},
+    {"_data", "exceptions", "_light", "_live", "_redacted"},
     {
         "_config",
         "_messages",
@@ -24,17 +24,18 @@ FLOORS = [
     | {"_patches", "_threads", "_visible", "_outbox", "_exporter", "_ready", "_bulk", "testing"},
     {"_record", "_scoring", "scorers"},
     {"_asking", "_cache", "_telemetry", "_returned", "_pipeline", "_propagation", "_ends"},
-    {"_hook", "_stored"},
-    {"_span", "openai", "_report"},
-    {"_demo", "_doctor", "_commands"},
+    {"_hook", "_stored", "tlm_client"},
+    {"_span", "openai", "_report", "evaluation"},
+    {"_demo", "_doctor", "_commands", "model"},
     {"cli", "__init__"},
 ]
 STEPS = {"_record", "_scoring", "scorers"}
 ROOMS = {
-    "mlflow": {"_live", "_exporter", "_bulk", "_ready", "_record", "_annotate"}
-    | {"_stored", "_report", "_commands", "_demo", "_doctor"},
-    "opentelemetry": {"_telemetry", "_bulk"},
-    "openai": {"_hook", "_streams", "_bodies", "_endpoints", "openai", "_demo", "_doctor"},
+    "mlflow": {"_light", "_live", "_exporter", "_bulk", "_ready", "_record", "_annotate"}
+    | {"_stored", "_report", "_commands", "_demo", "_doctor", "evaluation", "model"},
+    "opentelemetry": {"_light", "_telemetry", "_bulk"},
+    "openai": {"_hook", "_streams", "_bodies", "_endpoints", "openai", "model"}
+    | {"_demo", "_doctor"},
     "cleanlab_tlm": {"scorers"},
     "aiohttp": {"scorers", "testing"},
     "packaging": {"_doctor"},
@@ -42,7 +43,7 @@ ROOMS = {
     "jinja2": {"_report"},
     "matplotlib": {"_report"},
     "rich": {"_report", "_commands", "_demo", "_doctor"},
-    "wrapt": {"_patches"},
+    "wrapt": {"_patches", "tlm_client"},
     "pytest": {"testing"},
 }
 ENVIRONMENT_READERS = {"_config", "_demo", "_doctor", "testing"}

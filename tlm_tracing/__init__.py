@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from tlm_tracing._report import least_trustworthy, report
     from tlm_tracing._returned import trust
     from tlm_tracing._scoring import Stats, stats
-    from tlm_tracing._span import TrustedSpan, trusted, trusted_span
+    from tlm_tracing._span import TrustedSpan, set_context, trusted, trusted_span
     from tlm_tracing._stored import (
         Progress,
         ScoredCall,
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         TLMTracingError,
         UntrustworthyResponseError,
     )
+    from tlm_tracing.tlm_client import wrap_tlm
 
 __all__ = [
     "Config",
@@ -51,12 +52,14 @@ __all__ = [
     "propagate",
     "report",
     "score_traces",
+    "set_context",
     "stats",
     "suppress",
     "trust",
     "trusted",
     "trusted_span",
     "wrap_openai",
+    "wrap_tlm",
 ]
 
 # Where each name lives. Resolved on first use: importing the package imports nothing else.
@@ -73,6 +76,7 @@ _HOMES = {
     "Stats": "_scoring",
     "stats": "_scoring",
     "TrustedSpan": "_span",
+    "set_context": "_span",
     "trusted": "_span",
     "trusted_span": "_span",
     "least_trustworthy": "_report",
@@ -83,6 +87,7 @@ _HOMES = {
     "ascore_traces": "_stored",
     "iter_scores": "_stored",
     "score_traces": "_stored",
+    "wrap_tlm": "tlm_client",
     "ConfigurationError": "exceptions",
     "ScoringError": "exceptions",
     "TLMTracingError": "exceptions",
