@@ -4,6 +4,7 @@ import gc
 import json
 import os
 import pickle
+import signal
 import sys
 import threading
 import time
@@ -655,8 +656,11 @@ class Served:
         except urllib.error.HTTPError as error:
             return error.code, error.read().decode()
 
+    def stop(self):
+        self._process.send(signal.SIGTERM)
+
     def end(self):
-        self._process.end(15)
+        self._process.end(signal.SIGKILL)
 
 
 @pytest.fixture
@@ -693,51 +697,62 @@ def by_name(trace):
     return {span.name: span for span in trace.data.spans}
 
 
-def serve_logged(code, serve, uri):
+def serve_logged(code, serve, uri, workers=1, **env):
     """What is served by MLflow, and the experiment that its traces go to."""
     experiment = mlflow.set_experiment("served").experiment_id
     logged = mlflow.pyfunc.log_model(name="agent", python_model=str(code), **REQUIREMENTS)
     served = serve(
         [
             *(sys.executable, "-m", "mlflow", "models", "serve", "-m", logged.model_uri),
-            *("--env-manager", "local", "--host", "127.0.0.1", "--port", "PORT"),
+            *("--env-manager", "local", "--workers", str(workers)),
+            *("--host", "127.0.0.1", "--port", "PORT"),
         ],
         "/ping",
         MLFLOW_TRACKING_URI=uri,
         MLFLOW_EXPERIMENT_ID=experiment,
-        MLFLOW_ENABLE_ASYNC_TRACE_LOGGING="false",
+        MLFLOW_ENABLE_ASYNC_TRACE_LOGGING="true",
+        **env,
     )
     return served, experiment
 
 
-def test_mlflow_serves_the_model(code, store, serve, sandbox):
+def test_mlflow_serves_the_model_and_loses_nothing_when_it_is_stopped(code, store, serve, sandbox):
     served, experiment = serve_logged(code, serve, store)
     assert sandbox.requests("openai") == []
+    sandbox.script("openai", {"status": 400})
+    status, body = served.ask(ASKED)
+    assert (status, "Traceback" in body, "stack_trace" in body) == (400, False, False)
+    assert "BadRequestError" in json.loads(body)["message"]
     status, body = served.ask({**ASKED, "stream": True})
     assert status == 200
-    found = stored(check(json.loads(body)))
+    trace_id = check(json.loads(body))
+    served.stop()
+    found = stored(trace_id)
     assert found.info.experiment_id == experiment
     spans = by_name(found)
     assert spans["predict"].span_type == "AGENT"
     assert spans["response gpt-4o"].parent_id == spans["predict"].span_id
     assert found.info.tags["trust_score"] == "0.4000"
-    sandbox.default("openai", status=400)
-    status, body = served.ask(ASKED)
-    assert (status, "Traceback" in body, "stack_trace" in body) == (400, False, False)
-    assert "BadRequestError" in json.loads(body)["message"]
 
 
 @pytest.mark.long
-def test_a_model_of_a_tracking_server_is_served_and_traced_there(
-    code, sqlite_server, store, serve, request
+@pytest.mark.parametrize("workers", [1, 2])
+def test_scores_that_are_pending_when_a_server_is_stopped_follow_on_the_tracking_server(
+    workers, code, sqlite_server, store, serve, sandbox, request
 ):
     mlflow.set_tracking_uri(sqlite_server.uri)
     request.addfinalizer(lambda: mlflow.set_tracking_uri(store))
-    served, experiment = serve_logged(code, serve, sqlite_server.uri)
+    sandbox.default("tlm", delay=3)
+    served, experiment = serve_logged(
+        code, serve, sqlite_server.uri, workers=workers, TLM_TRACING_MODE="background"
+    )
     _, body = served.ask(ASKED)
-    found = stored(check(json.loads(body)))
+    told = json.loads(body)["custom_outputs"]
+    assert told["status"] == "pending"
+    served.stop()
+    found = stored(told["trace_id"])
     assert found.info.experiment_id == experiment
-    assert by_name(found)["predict"].span_type == "AGENT"
+    assert found.info.tags["trust_score"] == "0.4000"
 
 
 def test_the_agent_server_serves_it_streams_included(serve, sandbox, store):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -10,6 +11,7 @@ from mlflow.pyfunc import ResponsesAgent  # type: ignore[attr-defined]
 
 from tlm_tracing import _config
 from tlm_tracing.exceptions import ConfigurationError
+from tlm_tracing.model import _stopping
 from tlm_tracing.model._answering import Answering
 from tlm_tracing.model._apis import APIS
 
@@ -53,6 +55,9 @@ class TrustedChatAgent(Answering, ResponsesAgent):  # type: ignore[misc]
         self._api = api
         # The last events tell of the score, so they wait for it in any case.
         self._settings = {"hold_last_chunk": True, **settings}
+        with contextlib.suppress(ConfigurationError):  # from the environment: told when asked
+            if _config.resolve(settings).enabled:
+                _stopping.prepare()
 
 
 def _check(model: Any, client: Any, api: Any, settings: Mapping[str, Any]) -> None:
