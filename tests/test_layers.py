@@ -21,7 +21,8 @@ FLOORS = [
         "_scope",
         "_limits",
     }
-    | {"_patches", "_threads", "_visible", "_outbox", "_exporter", "_ready", "_bulk", "testing"},
+    | {"_patches", "_threads", "_visible", "_outbox", "_tracking", "_batch", "_exporter"}
+    | {"_ready", "_bulk", "testing"},
     {"_record", "_scoring", "scorers"},
     {"_asking", "_cache", "_telemetry", "_returned", "_pipeline", "_propagation", "_ends"},
     {"_hook", "_stored", "tlm_client"},
@@ -31,7 +32,16 @@ FLOORS = [
 ]
 STEPS = {"_record", "_scoring", "scorers"}
 ROOMS = {
-    "mlflow": {"_light", "_live", "_exporter", "_bulk", "_ready", "_record", "_annotate"}
+    "mlflow": {
+        "_light",
+        "_live",
+        "_tracking",
+        "_exporter",
+        "_bulk",
+        "_ready",
+        "_record",
+        "_annotate",
+    }
     | {"_stored", "_report", "_commands", "_demo", "_doctor", "evaluation", "model"},
     "opentelemetry": {"_light", "_telemetry", "_bulk"},
     "openai": {"_hook", "_streams", "_bodies", "_endpoints", "openai", "model"}

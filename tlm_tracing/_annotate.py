@@ -13,7 +13,7 @@ from mlflow.entities import AssessmentSource, Feedback, TraceInfo
 from mlflow.exceptions import MlflowException
 from mlflow.tracing.client import TracingClient
 
-from tlm_tracing import _exporter, _live
+from tlm_tracing import _exporter, _live, _tracking
 from tlm_tracing._data import Trust
 
 SCORE_TAG = "trust_score"
@@ -86,8 +86,8 @@ def annotate_stored(trust: Trust, notes: Notes) -> bool:
     if trust.trace_id is None:
         return True
     client = TracingClient()
-    with _exporter.at_store(client), _stored_lock:
-        info = _exporter.stored(client, trust.trace_id)
+    with _tracking.at_store(client), _stored_lock:
+        info = _tracking.stored(client, trust.trace_id)
         if info is None:
             return False
         for feedback in assessments(trust, notes):

@@ -30,7 +30,7 @@ from mlflow.utils.rest_utils import _V3_TRACE_REST_API_PATH_PREFIX, verify_rest_
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.sdk.resources import Resource
 
-from tlm_tracing import _exporter
+from tlm_tracing import _tracking
 
 Tags: TypeAlias = Mapping[str, str | None]
 
@@ -117,7 +117,7 @@ class Store:
             Refused: If the store will never take something of it.
             MlflowException, OSError: If the store can't be written now.
         """
-        with _exporter.at_store(self._client):
+        with _tracking.at_store(self._client):
             self._assess(additions)
             together = [one for one in additions if self._can_travel(one)]
             self._add(together)
@@ -145,7 +145,7 @@ class Store:
 
     def _assess_one(self, info: TraceInfo, feedback: Feedback) -> None:
         known = {item.assessment_id for item in info.assessments or ()}
-        with _exporter.at_store(self._client):
+        with _tracking.at_store(self._client):
             if feedback.assessment_id in known:
                 self._update(feedback)
                 return
@@ -207,7 +207,7 @@ class Store:
         """By MLflow's own calls, one after the other: what has not travelled together."""
         trace_id = addition.info.trace_id
         if not is_rest and self._has_place_for_spans(addition):
-            _exporter.log_spans(
+            _tracking.log_spans(
                 self._client, str(addition.info.experiment_id), list(addition.spans)
             )
         for key, tag in addition.tags.items():
@@ -239,7 +239,7 @@ class _Server:
             MLFLOW_EXPERIMENT_ID_HEADER: experiment_id,
         }
         body = request.SerializeToString()
-        response = _exporter.post(self._store, OTLP_TRACES_PATH, headers, body)
+        response = _tracking.post(self._store, OTLP_TRACES_PATH, headers, body)
         if response.status_code in _NO_SUCH_ROAD:
             raise NotImplementedError(f"{OTLP_TRACES_PATH} answers {response.status_code}")
         verify_rest_response(response, OTLP_TRACES_PATH)
@@ -249,7 +249,7 @@ class _Server:
         body = message_to_json(CreateAssessment(assessment=told))
         path = f"{_V3_TRACE_REST_API_PATH_PREFIX}/{feedback.trace_id}/assessments"
         headers = {"Content-Type": "application/json"}
-        verify_rest_response(_exporter.post(self._store, path, headers, body), path)
+        verify_rest_response(_tracking.post(self._store, path, headers, body), path)
 
 
 class _Database:

@@ -31,7 +31,7 @@ from mlflow.tracing.provider import (
 )
 from mlflow.tracking import fluent
 
-from tlm_tracing import _exporter, _outbox, _threads
+from tlm_tracing import _exporter, _outbox, _threads, _tracking
 
 _logger = logging.getLogger("tlm_tracing")
 
@@ -238,7 +238,7 @@ class _Start:
             self.experiment_id()
             return
         client, name = TracingClient(), str(_by_environment()[0])
-        with _exporter.at_store(client):
+        with _tracking.at_store(client):
             self._experiments[mlflow.get_tracking_uri(), name] = _experiment(client.store, name)
 
     def _let_become(self) -> None:

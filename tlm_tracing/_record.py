@@ -20,7 +20,7 @@ from mlflow.tracing.provider import (
     set_span_in_context,
 )
 
-from tlm_tracing import _exporter, _live, _outbox, _ready, _redacted
+from tlm_tracing import _exporter, _live, _outbox, _ready, _redacted, _tracking
 from tlm_tracing._config import Config
 from tlm_tracing._data import Trust
 from tlm_tracing._endpoints import Endpoint
@@ -478,19 +478,19 @@ def _start(name: str, kind: str) -> OpenSpan:
 def _store(experiment_id: str, spans: list[Span]) -> bool:
     """Write spans straight to the store; it does no harm if they are there already."""
     client = TracingClient()
-    with _exporter.at_store(client):
-        _exporter.log_spans(client, experiment_id, spans)
+    with _tracking.at_store(client):
+        _tracking.log_spans(client, experiment_id, spans)
     return True
 
 
 def _store_late(experiment_id: str, spans: list[Span]) -> bool:
     """The same for a trace that MLflow writes by itself, but after it has."""
     client = TracingClient()
-    with _exporter.at_store(client):
+    with _tracking.at_store(client):
         trace_id = spans[0].trace_id
-        if _exporter.is_being_written(trace_id) or _exporter.stored(client, trace_id) is None:
+        if _exporter.is_being_written(trace_id) or _tracking.stored(client, trace_id) is None:
             return False
-        _exporter.log_spans(client, experiment_id, spans)
+        _tracking.log_spans(client, experiment_id, spans)
     return True
 
 

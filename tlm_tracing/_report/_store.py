@@ -11,7 +11,7 @@ from mlflow.entities import Trace, TraceInfo
 from mlflow.exceptions import MlflowException
 from mlflow.tracing.client import TracingClient
 
-from tlm_tracing import _exporter, _redacted
+from tlm_tracing import _redacted, _tracking
 from tlm_tracing._annotate import SCORE_TAG
 from tlm_tracing._report._calls import Call, calls, with_texts
 from tlm_tracing._report._row import Row
@@ -45,7 +45,7 @@ class Store:
             ConnectionError: If nobody listens at the server's address.
         """
         try:
-            with _exporter.at_store(self._client):
+            with _tracking.at_store(self._client):
                 pass
         except OSError as error:
             address = _redacted.address(self.uri)
@@ -82,7 +82,7 @@ class Store:
     def located(self, rows: Sequence[Row]) -> list[Row]:
         """The same rows with their experiments, as far as MLflow answers and knows them."""
         found: dict[str, str | None] = {}
-        with contextlib.suppress(OSError, MlflowException), _exporter.at_store(self._client):
+        with contextlib.suppress(OSError, MlflowException), _tracking.at_store(self._client):
             for row in rows:
                 if row.experiment_id is None and (info := self._info(row.trace_id)) is not None:
                     found[row.trace_id] = info.experiment_id
