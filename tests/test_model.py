@@ -26,8 +26,7 @@ from tlm_tracing.scorers import HostedTLM
 from tlm_tracing.testing import FakeScorer
 from tlm_tracing.testing._tracking import _Process, free_port
 
-if not hasattr(openai.OpenAI, "responses"):
-    pytest.skip("this openai has no Responses API", allow_module_level=True)
+pytest.importorskip("openai.resources.responses", reason="this openai has no Responses API")
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 QUESTION = "What is the capital of France?"
@@ -135,16 +134,16 @@ def test_a_conversation_is_sent_as_it_is(sandbox):
         "store": False,
     }
     asked = {"input": turns, **parameters, "stream": True, "custom_inputs": {"secret": 1}}
-    agent(
-        instructions="Be brief.", parameters={"temperature": 1.0, "service_tier": "flex"}
-    ).predict({**asked, "context": {"conversation_id": "c"}})
+    agent(instructions="Be brief.", parameters={"temperature": 1.0, "top_k": 5}).predict(
+        {**asked, "context": {"conversation_id": "c"}}
+    )
     (body,) = sent(sandbox)
     turns[0]["type"] = turns[3]["type"] = "message"
     assert body == {
         "model": "gpt-4o",
         "instructions": "Be brief.",
         "input": turns,
-        "service_tier": "flex",
+        "top_k": 5,
         **parameters,
     }
 

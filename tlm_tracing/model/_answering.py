@@ -19,7 +19,7 @@ from tlm_tracing import _live, _record, _span
 from tlm_tracing._data import Scorer, Trust
 from tlm_tracing.exceptions import ConfigurationError, ScoringError, UntrustworthyResponseError
 from tlm_tracing.model import _answers, _logging, _outcome, _shape
-from tlm_tracing.model._apis import APIS
+from tlm_tracing.model._apis import APIS, arguments
 from tlm_tracing.model._errors import as_mlflows
 from tlm_tracing.model._tail import Tail
 
@@ -121,7 +121,7 @@ class Answering:
         api = APIS[self._api]
         with as_mlflows():
             create = api.create(self._client)
-        send = functools.partial(create, **api.body(self.request_body(request)))
+        send = functools.partial(create, **arguments(api, self.request_body(request)))
         return send, {"request": _shape.dumped(request)}
 
     def _events(
