@@ -376,7 +376,7 @@ def test_a_batch_of_hundreds_is_whole_on_a_server(cleanlab, sqlite_server, store
 @pytest.mark.long
 @pytest.mark.usefixtures("asynchronous_export")
 def test_no_span_of_thousands_is_lost(trace):
-    """MLflow's queue has room for 2,048 spans, and loses what is beyond."""
+    """Though OpenTelemetry's queue has room for 2,048 only."""
     tlm = wrap_tlm(make())
     tlm.get_trustworthiness_score([f"q{number}" for number in range(4000)], ["a"] * 4000)
     assert len(trace().data.spans) == 4001
