@@ -798,6 +798,16 @@ def test_in_an_evaluation_of_mlflows(traces):
     assert sorted(float(tags(one)["trust_score"]) for one in answers) == sorted(SCORES)
 
 
+def test_where_mlflow_records_nothing(tlm, call, traces):
+    """The trust is known all the same."""
+    with mlflow.tracing.context(enabled=False), tt.trusted_span() as span:
+        call(tlm, "get_trustworthiness_score", PROMPTS, RESPONSES)
+        call(tlm, "get_trustworthiness_score", PROMPTS[1], RESPONSES[1])
+    assert [trust.score for trust in span.trusts] == [*SCORES, SCORES[1]]
+    assert span.trust.trace_id is None
+    traces(0)
+
+
 def test_before_mlflow_is_ready(tlm, monkeypatch, trace):
     """What is recorded until then becomes a trace later, with its own times."""
     monkeypatch.setattr(_ready, "wait", lambda: False)
