@@ -33,7 +33,6 @@ import argparse
 import asyncio
 import json
 import os
-import platform
 import re
 import subprocess
 import sys
@@ -43,15 +42,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeAlias
 
-# Before MLflow is imported: no call to the outside.
-os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-os.environ.setdefault("MLFLOW_MODEL_CATALOG_URI", "")
+from _measure import Verdict, about, cpu_seconds  # before MLflow, which it keeps quiet
 
+# isort: split
 import mlflow
 from _stores import SCORING_SPAN, SYSTEM, Row, Server, Store, Stored, rows, stored
 
@@ -315,30 +312,6 @@ class Client:
 
 # What is measured.
 
-
-def cpu_seconds(pid: int | None) -> float:
-    """CPU that a process and all that it has started have used, those that have ended included."""
-    if pid is None:
-        return 0.0
-    ticks: dict[int, int] = {}
-    children: dict[int, list[int]] = {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            # The name before it may have spaces and parentheses.
-            fields = path.read_text().rpartition(") ")[2].split()
-        except OSError:
-            continue  # it has just ended
-        one = int(path.parent.name)
-        ticks[one] = sum(map(int, fields[11:15]))
-        children.setdefault(int(fields[1]), []).append(one)
-    waiting, total = [pid], 0
-    while waiting:
-        one = waiting.pop()
-        total += ticks.get(one, 0)
-        waiting += children.get(one, ())
-    return total / os.sysconf("SC_CLK_TCK")
-
-
 PARTS = ("client", "server", "database")
 
 
@@ -564,24 +537,6 @@ def _text(response: Any) -> str:
 # The verdict.
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """Whether a goal is met.
-
-    Attributes:
-        goal: What was to be.
-        is_met: Whether it is.
-        found: The numbers.
-    """
-
-    goal: str
-    is_met: bool
-    found: str
-
-    def __str__(self) -> str:
-        return f"{'met' if self.is_met else 'NOT MET'}: {self.goal}: {self.found}"
-
-
 def verdicts(measured: Sequence[Measured]) -> list[Verdict]:
     """Compare what was measured with the goals."""
     by_name = {one.name: one for one in measured}
@@ -629,20 +584,13 @@ def _memory(few: Measured, many: Measured) -> Verdict:
 
 def machine(store: Store, options: argparse.Namespace) -> dict[str, Any]:
     """Where this was measured, with what."""
-    model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    memory = re.search(r"MemTotal:\s+(\d+)", Path("/proc/meminfo").read_text())
-    packages = ("tlm_tracing", "mlflow", "cleanlab-tlm", "openai", "aiohttp", "sqlalchemy")
-    return {
-        "machine": f"{os.cpu_count()} x {model[1] if model else platform.machine()}",
-        "memory": f"{int(memory[1]) / 2**20:.0f} GB" if memory else "unknown",
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        **{name: version(name) for name in packages},
-        "database": store.version,
-        "server": f"mlflow server, workers: {options.workers or 'as many as is its default'}",
-        "data": "given" if options.data else "made up",
-        "latency": f"{options.latency:g} s",
-    }
+    return about(
+        ("aiohttp", "sqlalchemy"),
+        database=store.version,
+        server=f"mlflow server, workers: {options.workers or 'as many as is its default'}",
+        data="given" if options.data else "made up",
+        latency=f"{options.latency:g} s",
+    )
 
 
 def account(measured: Sequence[Measured]) -> list[str]:
@@ -668,12 +616,12 @@ def told(one: Any) -> dict[str, Any]:
 
 
 def markdown(
-    about: Mapping[str, Any], measured: Sequence[Measured], found: Sequence[Verdict]
+    where: Mapping[str, Any], measured: Sequence[Measured], found: Sequence[Verdict]
 ) -> str:
     """The note."""
     return "\n".join(
         [
-            *(f"- {name}: {value}" for name, value in about.items()),
+            *(f"- {name}: {value}" for name, value in where.items()),
             "",
             HEAD,
             *map(line, measured),
@@ -699,14 +647,14 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], list[Measured], li
         benchmark = Benchmark(sandbox, server, rows(options.data), options)
         wanted = plans(options)
         benchmark.fill(wanted)
-        about = {**machine(benchmark.store, options), "filled": benchmark.filled}
-        print("\n".join(f"{name}: {value}" for name, value in about.items()))
+        where = {**machine(benchmark.store, options), "filled": benchmark.filled}
+        print("\n".join(f"{name}: {value}" for name, value in where.items()))
         print(HEAD, flush=True)
         measured: list[Measured] = []
         for plan in wanted:
             measured.append(benchmark.measure(plan))
             print(line(measured[-1]), flush=True)
-    return about, measured, verdicts(measured)
+    return where, measured, verdicts(measured)
 
 
 def main() -> int:
@@ -729,15 +677,15 @@ def main() -> int:
         serve(options.way, options.job)
         return 0
     try:
-        about, measured, found = run(options)
+        where, measured, found = run(options)
     except UnavailableError as error:
         parser.error(str(error))
     print("\n".join(["", *account(measured), "", *map(str, found)]))
     if options.out:
-        result = {"about": about, "measured": measured, "verdicts": found}
+        result = {"about": where, "measured": measured, "verdicts": found}
         options.out.write_text(json.dumps(result, default=told, indent=1) + "\n")
     if options.markdown:
-        options.markdown.write_text(markdown(about, measured, found))
+        options.markdown.write_text(markdown(where, measured, found))
     return 0 if all(verdict.is_met for verdict in found) else 1
 
 

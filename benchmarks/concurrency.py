@@ -120,8 +120,7 @@ def caller(job: Job) -> Any:
             "rate": calls / asked,
             "p50": 1000 * percentile(seconds, 0.5),
             "p99": 1000 * percentile(seconds, 0.99),
-            "stall": 1000 * percentile(late, 0.99),
-            "worst": 1000 * max(late, default=0.0),
+            **({"stall": 1000 * percentile(late, 0.99)} if late else {}),
             "cpu": 1000 * asked_cpu / calls,
             "cpu in all": 1000 * (time.process_time() - cpu) / calls,
             "drain": written - asked,
@@ -131,23 +130,27 @@ def caller(job: Job) -> Any:
     return burst
 
 
-HEAD = [
-    *("way", "times bare's calls/s", "calls/s", "p50 ms", "p99 ms", "stall p99 ms"),
-    *("times bare's stall", "CPU ms/call", "until written", "traces/s end to end"),
-    *("calls", "whole traces", "lost"),
-]
-
-
 def table(title: str, rounds: Rounds, kept: Mapping[str, int]) -> Table:
     """What was measured with so many calls, and what is in the store."""
-    found = Table(f"{title}: median over the rounds [quartiles]", HEAD)
+    stalls = "stall" in rounds[BARE][0]
+    found = Table(
+        f"{title}: median over the rounds [quartiles]",
+        [
+            *("way", "times bare's calls/s", "calls/s", "p50 ms", "p99 ms"),
+            *(("times bare's stall", "stall p99 ms") if stalls else ()),
+            *("CPU ms/call", "until written", "traces/s end to end"),
+            *("calls", "whole traces", "lost"),
+        ],
+    )
     for way, bursts in rounds.items():
+        row: list[object] = [way, ratio(rounds, way, "rate", to=BARE)]
+        row += [spread(rounds, way, name) for name in ("rate", "p50", "p99")]
+        if stalls:
+            row += [ratio(rounds, way, "stall", to=BARE), spread(rounds, way, "stall")]
+        row += [spread(rounds, way, name) for name in ("cpu", "cpu in all", "end to end")]
         calls = sum(one["calls"] for one in bursts)
-        times = [ratio(rounds, way, name, to=BARE) for name in ("rate", "stall")]
-        own = [spread(rounds, way, name) for name in ("rate", "p50", "p99", "stall")]
-        cpu = [spread(rounds, way, name) for name in ("cpu", "cpu in all", "end to end")]
-        left = [calls, kept[way], calls - kept[way]] if way in kept else [calls, "", ""]
-        found.rows.append([way, times[0], *own, times[1], *cpu, *left])
+        row += [calls, kept[way], calls - kept[way]] if way in kept else [calls, "", ""]
+        found.rows.append(row)
     return found
 
 
@@ -156,10 +159,11 @@ def verdicts(title: str, rounds: Rounds, kept: Mapping[str, int]) -> list[Verdic
     found = []
     for way in (one for one in rounds if one.startswith("ours")):
         calls = sum(one["calls"] for one in rounds[way])
-        rate, stall = (ratio(rounds, way, name, to=BARE) for name in ("rate", "stall"))
         about_it = f"{title}, {way}"
+        rate = ratio(rounds, way, "rate", to=BARE)
         found.append(at_least(f"{about_it}: calls a second beside bare's", rate, RATE))
-        if rounds[way][0]["stall"]:
+        if "stall" in rounds[way][0]:
+            stall = ratio(rounds, way, "stall", to=BARE)
             found.append(at_most(f"{about_it}: p99 of the stall beside bare's", stall, STALL))
         if way in kept:
             goal = f"{about_it}: every one of {calls} traces is whole in the store"

@@ -21,13 +21,13 @@ from mlflow.exceptions import MlflowException
 from mlflow.types.responses import ResponsesAgentRequest, ResponsesAgentResponse
 
 import tlm_tracing as tt
+from tlm_tracing import _ready
 from tlm_tracing.model import TrustedChatAgent
 from tlm_tracing.scorers import HostedTLM
 from tlm_tracing.testing import FakeScorer
 from tlm_tracing.testing._tracking import _Process, free_port
 
-if not hasattr(openai.OpenAI, "responses"):
-    pytest.skip("this openai has no Responses API", allow_module_level=True)
+pytest.importorskip("openai.resources.responses", reason="this openai has no Responses API")
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 QUESTION = "What is the capital of France?"
@@ -135,16 +135,16 @@ def test_a_conversation_is_sent_as_it_is(sandbox):
         "store": False,
     }
     asked = {"input": turns, **parameters, "stream": True, "custom_inputs": {"secret": 1}}
-    agent(
-        instructions="Be brief.", parameters={"temperature": 1.0, "service_tier": "flex"}
-    ).predict({**asked, "context": {"conversation_id": "c"}})
+    agent(instructions="Be brief.", parameters={"temperature": 1.0, "top_k": 5}).predict(
+        {**asked, "context": {"conversation_id": "c"}}
+    )
     (body,) = sent(sandbox)
     turns[0]["type"] = turns[3]["type"] = "message"
     assert body == {
         "model": "gpt-4o",
         "instructions": "Be brief.",
         "input": turns,
-        "service_tier": "flex",
+        "top_k": 5,
         **parameters,
     }
 
@@ -339,6 +339,26 @@ def test_where_nothing_is_recorded_there_is_no_trace(traces):
     assert agent(enabled=False).predict(ASKED).custom_outputs["trace_id"] is None
     assert streamed(agent(enabled=False, api="chat"))[-1].custom_outputs["trace_id"] is None
     traces(0)
+
+
+@pytest.mark.parametrize("is_streamed", [False, True], ids=["plain", "streamed"])
+def test_where_mlflow_records_nothing_the_answer_has_its_score(is_streamed):
+    mlflow.tracing.disable()
+    try:
+        model = agent()
+        told = (streamed(model)[-1] if is_streamed else model.predict(ASKED)).custom_outputs
+    finally:
+        mlflow.tracing.enable()
+    assert (told["trust_score"], told["trace_id"]) == (0.9, None)
+
+
+def test_a_question_before_mlflow_is_ready_is_an_agents_too(monkeypatch, trace):
+    monkeypatch.setattr(_ready, "wait", lambda: False)
+    told = agent().predict({**ASKED, "context": {"conversation_id": "c-1"}}).custom_outputs
+    assert (told["trust_score"], told["trace_id"]) == (0.9, None)
+    found = trace()
+    assert found.data.spans[0].span_type == "AGENT"
+    assert found.info.trace_metadata["mlflow.trace.session"] == "c-1"
 
 
 # A low score.

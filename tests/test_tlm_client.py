@@ -376,7 +376,7 @@ def test_a_batch_of_hundreds_is_whole_on_a_server(cleanlab, sqlite_server, store
 @pytest.mark.long
 @pytest.mark.usefixtures("asynchronous_export")
 def test_no_span_of_thousands_is_lost(trace):
-    """MLflow's queue has room for 2,048 spans, and loses what is beyond."""
+    """Though OpenTelemetry's queue has room for 2,048 only."""
     tlm = wrap_tlm(make())
     tlm.get_trustworthiness_score([f"q{number}" for number in range(4000)], ["a"] * 4000)
     assert len(trace().data.spans) == 4001
@@ -796,6 +796,16 @@ def test_in_an_evaluation_of_mlflows(traces):
     assert result.metrics["trustworthy/mean"] == pytest.approx(sum(SCORES) / 3)
     answers = [one for one in traces() if any(s.name == "tlm.prompt" for s in one.data.spans)]
     assert sorted(float(tags(one)["trust_score"]) for one in answers) == sorted(SCORES)
+
+
+def test_where_mlflow_records_nothing(tlm, call, traces):
+    """The trust is known all the same."""
+    with mlflow.tracing.context(enabled=False), tt.trusted_span() as span:
+        call(tlm, "get_trustworthiness_score", PROMPTS, RESPONSES)
+        call(tlm, "get_trustworthiness_score", PROMPTS[1], RESPONSES[1])
+    assert [trust.score for trust in span.trusts] == [*SCORES, SCORES[1]]
+    assert span.trust.trace_id is None
+    traces(0)
 
 
 def test_before_mlflow_is_ready(tlm, monkeypatch, trace):

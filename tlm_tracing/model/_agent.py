@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -66,7 +67,7 @@ def _check(model: Any, client: Any, api: Any, settings: Mapping[str, Any]) -> No
         raise ConfigurationError(f"model must be the name of a model, not {model!r:.100}.")
     if api not in APIS:
         raise ConfigurationError(f'api must be "responses" or "chat", not {api!r:.100}.')
-    if api == "responses" and not hasattr(openai.OpenAI, "responses"):
+    if api == "responses" and importlib.util.find_spec("openai.resources.responses") is None:
         raise ConfigurationError('This openai has no Responses API: update it, or use api="chat".')
     is_client = isinstance(client, openai.OpenAI) or (
         callable(client) and not isinstance(client, openai.AsyncOpenAI)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal
 
 import openai
+from mlflow.entities import NoOpSpan
 from mlflow.exceptions import MlflowException
 from mlflow.tracing.constant import TraceMetadataKey
 from mlflow.types.responses import (
@@ -15,11 +16,11 @@ from mlflow.types.responses import (
     ResponsesAgentStreamEvent,
 )
 
-from tlm_tracing import _live, _record, _span
+from tlm_tracing import _live, _span
 from tlm_tracing._data import Scorer, Trust
 from tlm_tracing.exceptions import ConfigurationError, ScoringError, UntrustworthyResponseError
 from tlm_tracing.model import _answers, _logging, _outcome, _shape
-from tlm_tracing.model._apis import APIS
+from tlm_tracing.model._apis import APIS, arguments
 from tlm_tracing.model._errors import as_mlflows
 from tlm_tracing.model._tail import Tail
 
@@ -121,7 +122,7 @@ class Answering:
         api = APIS[self._api]
         with as_mlflows():
             create = api.create(self._client)
-        send = functools.partial(create, **api.body(self.request_body(request)))
+        send = functools.partial(create, **arguments(api, self.request_body(request)))
         return send, {"request": _shape.dumped(request)}
 
     def _events(
@@ -165,17 +166,22 @@ class Answering:
 
 def _introduce(block: _span.TrustedSpan, inputs: Data) -> None:
     """Have MLflow know the block as an agent's, and whose conversation it is."""
-    if block.trace_id is None:
+    record = block._record
+    if record is None or isinstance(record._span, NoOpSpan):
         return
-    _record.active().set_span_type("AGENT")
+    record._span.set_span_type("AGENT")
     context = inputs["request"].get("context") or {}
     named = {
         TraceMetadataKey.TRACE_SESSION: context.get("conversation_id"),
         TraceMetadataKey.TRACE_USER: context.get("user_id"),
     }
-    with _live.held(block.trace_id) as trace:
-        if trace is not None:
-            trace.info.trace_metadata.update({key: name for key, name in named.items() if name})
+
+    def name(trace_id: str, _: str) -> None:
+        with _live.held(trace_id) as trace:
+            if trace is not None:
+                trace.info.trace_metadata.update({key: one for key, one in named.items() if one})
+
+    record.when_placed(name)
 
 
 def _noting(stream: Iterable[Any], noted: Data) -> Iterator[Any]:

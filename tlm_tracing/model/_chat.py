@@ -9,10 +9,12 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-from tlm_tracing._endpoints import chat, responses
+from tlm_tracing._endpoints import Endpoint, chat, responses
 from tlm_tracing.model import _answers
 
 Data = dict[str, Any]
+
+ENDPOINT: Endpoint = chat
 
 # What has another name or shape there, or none at all.
 _TOLD_OTHERWISE = frozenset(

@@ -8,7 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+from tlm_tracing._endpoints import Endpoint, responses
 from tlm_tracing._returned import plain
+
+ENDPOINT: Endpoint = responses
 
 
 def body(request: Mapping[str, Any]) -> dict[str, Any]:

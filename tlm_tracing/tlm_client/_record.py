@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
 from collections.abc import Mapping
 from typing import Any
 
-from tlm_tracing import _live, _outbox, _ready, _record
+from tlm_tracing import _live, _ready, _record
 from tlm_tracing._config import Config
 from tlm_tracing._visible import shape
-
-# OpenTelemetry's queue has room for 2,048 spans, and loses the oldest without a word.
-_MOST_QUEUED = 1000
-_STORED_AT_ONCE = 500
 
 
 class TLMRecord(_record._Record):
@@ -108,11 +103,6 @@ class TLMRecord(_record._Record):
             else:
                 pair._span.end(end_time_ns=pair.ended)
         self._end(*(pair._span for pair in pairs))
-        if len(pairs) > _MOST_QUEUED and self._experiment_id is not None:
-            spans = [pair._span.to_immutable_span() for pair in pairs]
-            for first in range(0, len(spans), _STORED_AT_ONCE):
-                some = spans[first : first + _STORED_AT_ONCE]
-                _outbox.post(functools.partial(_record._store, self._experiment_id, some))
 
     def abandon(self) -> None:
         """End what is open, so that no trace is held back for ever."""
