@@ -14,7 +14,7 @@ import pytest
 
 import tlm_tracing as tt
 from tlm_tracing import _annotate, _span
-from tlm_tracing._span import set_context
+from tlm_tracing import set_context
 from tlm_tracing.exceptions import ConfigurationError
 from tlm_tracing.openai import AsyncOpenAI, OpenAI
 from tlm_tracing.scorers import HostedTLM
