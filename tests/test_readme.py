@@ -15,7 +15,7 @@ from tlm_tracing._data import REASONS
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-EXAMPLES = ["quickstart", "stream", "async_app", "own_scorer", "stored", "rag", "trace_tlm"]
+EXAMPLES = ["quickstart", "stream", "async_app", "own_scorer", "stored", "trace_tlm"]
 
 
 @pytest.fixture
