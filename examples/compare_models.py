@@ -27,13 +27,17 @@ QUESTIONS = [
 ]
 
 
-@tt.trusted
-def answer(model: str, question: str) -> str | None:
-    """The application: its calls are traced and scored as they are in production."""
-    completion = openai.OpenAI().chat.completions.create(
-        model=model, messages=[{"role": "user", "content": question}]
-    )
-    return completion.choices[0].message.content
+def application(model: str) -> Callable[[str], str | None]:
+    """An application with this model: its calls are traced and scored as in production."""
+
+    @tt.trusted
+    def answer(question: str) -> str | None:
+        completion = openai.OpenAI().chat.completions.create(
+            model=model, messages=[{"role": "user", "content": question}]
+        )
+        return completion.choices[0].message.content
+
+    return answer
 
 
 def evaluate(model: str) -> dict[str, float]:
@@ -41,7 +45,7 @@ def evaluate(model: str) -> dict[str, float]:
     with mlflow.start_run(run_name=model):
         result = mlflow.genai.evaluate(
             data=[{"inputs": {"question": question}} for question in QUESTIONS],
-            predict_fn=lambda question: answer(model, question),
+            predict_fn=application(model),
             scorers=[
                 TLMTrustworthiness(threshold=0.7),
                 TLMTrustworthiness(threshold=0.7, pass_fail=True),

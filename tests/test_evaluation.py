@@ -414,6 +414,9 @@ RESPONSE = {
     ids=str,
 )
 def test_a_row_is_read(inputs, outputs, prompt, response):
+    is_response = outputs is RESPONSE or "input" in inputs
+    if is_response and not hasattr(openai.OpenAI, "responses"):
+        pytest.skip("this openai has no Responses API")
     fake = FakeScorer()
     told = TLMTrustworthiness(scorer=fake)(inputs=inputs, outputs=outputs)
     assert told.value == 0.9

@@ -21,6 +21,8 @@ from tlm_tracing.tlm_client._seams import Rounds, Timing
 from tlm_tracing.tlm_client._settle import Pair, Settled, Settler
 
 _BATCH = "CHAIN"
+# Seconds without a request or an answer. No less can be told from an event loop's timers.
+_IDLE = 0.001
 
 
 class TLMCall:
@@ -54,6 +56,7 @@ class TLMCall:
         self.rounds = Rounds(client, when_sent=self._sent, when_ended=self._ended)
         self._chores: deque[Callable[[], None]] = deque()
         self._early: dict[int, Settled] = {}
+        self._last_event = 0.0
         self._client = client
         self._kind = kind
         self._config = config
@@ -130,8 +133,8 @@ class TLMCall:
             self._record.failed(error)
         self._record.close()
 
-    # What can be recorded of a batch's pairs while TLM is waited for, one thing at a time, so that
-    # the client's event loop is never held up.
+    # What can be recorded of a batch's pairs while TLM is waited for, one thing at a time and only
+    # when there is nothing else to do, so that the client's event loop is never held up.
 
     def _sent(self, timing: Timing) -> None:
         self._soon(functools.partial(self._open, timing))
@@ -142,18 +145,20 @@ class TLMCall:
     def _soon(self, chore: Callable[[], None]) -> None:
         with _pipeline.guarded("recording a call of TLM's"):
             if self._is_batch and not self._is_over and self._record.trace_id is not None:
+                loop = asyncio.get_running_loop()
+                self._last_event = loop.time()
                 self._chores.append(chore)
                 if len(self._chores) == 1:
-                    asyncio.get_running_loop().call_soon(self._do_one)
+                    loop.call_later(_IDLE, self._do_one, loop)
 
-    def _do_one(self) -> None:
-        with _pipeline.guarded("recording a call of TLM's"):
-            if self._chores:
+    def _do_one(self, loop: asyncio.AbstractEventLoop) -> None:
+        if self._chores and loop.time() - self._last_event < _IDLE:
+            loop.call_later(_IDLE, self._do_one, loop)
+        elif self._chores:
+            with _pipeline.guarded("recording a call of TLM's"):
                 self._chores[0]()
-        if self._chores:
             self._chores.popleft()
-        if self._chores:
-            asyncio.get_running_loop().call_soon(self._do_one)
+            loop.call_soon(self._do_one, loop)
 
     def _open(self, timing: Timing) -> None:
         if timing.sent is not None and timing.number < len(self._pairs):
