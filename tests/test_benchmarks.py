@@ -17,8 +17,8 @@ FEW = ("--rounds", "2", "--calls", "2")
 # than all the rest.
 SMALL = {
     "overhead": (
-        [*FEW, "--export", "sqlite", "--only", OURS, AUTOLOG],
-        ["bare", OURS, AUTOLOG, f"{OURS}, sqlite", f"{AUTOLOG}, sqlite"],
+        [*FEW, "--export", "sqlite", "--only", OURS],
+        ["bare", OURS, f"{OURS}, sqlite"],
     ),
     "stream": (
         ["--rounds", "2", "--chunks", "5", "--only", OURS, AUTOLOG],
@@ -29,7 +29,7 @@ SMALL = {
         ["bare", "notebook", "ours"],
     ),
     "concurrency": (
-        [*FEW, "--many", "4", "--llm", "0", "--export", "sqlite", "--only", OURS],
+        [*FEW, "--many", "0", "--llm", "0", "--export", "sqlite", "--only", OURS],
         ["bare", OURS],
     ),
     "export": ([*FEW, "--export", "sqlite"], ["ours", "MLflow's own"]),
