@@ -10,15 +10,15 @@ from pathlib import Path
 import pytest
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
-OURS, AUTOLOG = "ours, background", "autolog"
+OURS, OUTSIDE, AUTOLOG = "ours, background", "ours, outside", "autolog"
 FEW = ("--rounds", "2", "--calls", "2")
 
 # Of the smallest size, with the ways that are told then. Without a server: its start takes longer
 # than all the rest.
 SMALL = {
     "overhead": (
-        [*FEW, "--export", "sqlite", "--only", OURS],
-        ["bare", OURS, f"{OURS}, sqlite"],
+        [*FEW, "--export", "sqlite", "--only", OURS, OUTSIDE],
+        ["bare", OURS, OUTSIDE, f"{OURS}, sqlite"],
     ),
     "stream": (
         ["--rounds", "2", "--chunks", "5", "--only", OURS, AUTOLOG],
