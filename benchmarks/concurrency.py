@@ -26,7 +26,7 @@ import argparse
 import asyncio
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -78,7 +78,7 @@ def caller(job: Job) -> Any:
         question = {"role": "user", "content": f"What is {number} times two, and why?"}
         return client.chat.completions.create(model="gpt-4o", messages=[question])
 
-    async def task(numbers: Any) -> None:
+    async def task(numbers: Iterator[int]) -> None:
         for number in numbers:
             begun = time.perf_counter()
             await ask(number)
@@ -89,16 +89,18 @@ def caller(job: Job) -> Any:
         ask(number)
         seconds.append(time.perf_counter() - begun)
 
-    async def tick() -> None:
-        while True:
+    async def tick(is_over: asyncio.Event) -> None:
+        while not is_over.is_set():
             begun = time.perf_counter()
             await asyncio.sleep(TICK)
             late.append(time.perf_counter() - begun - TICK)
 
     async def in_tasks(calls: int) -> None:
-        numbers, ticking = iter(range(calls)), asyncio.create_task(tick())
+        numbers, is_over = iter(range(calls)), asyncio.Event()
+        ticking = asyncio.create_task(tick(is_over))
         await asyncio.gather(*(task(numbers) for _ in range(TASKS)))
-        ticking.cancel()
+        is_over.set()
+        await ticking
 
     pool = ThreadPoolExecutor(THREADS)
     # One loop for all rounds: a client's connections belong to theirs.

@@ -105,7 +105,7 @@ class TLMTrustworthiness(Scorer):
     @property
     def pass_if(self) -> Callable[[Any], bool] | None:
         """Whether a score passes, for ``EvaluationResult.passed``."""
-        threshold = self._config().threshold
+        threshold = self._resolved().threshold
         if threshold is None or self.pass_fail:
             return None
         return lambda score: bool(score >= threshold)
@@ -142,14 +142,14 @@ class TLMTrustworthiness(Scorer):
         Returns:
             A score in [0, 1] with its explanation, or an error whose code says why there is none.
         """
-        config = self._config()
+        config = self._resolved()
         answer = _answers.least(self._settled(inputs, outputs, trace, config))
         told = _feedback.feedback(self.name, answer, config, _ask.scorer_name(config))
         if self.pass_fail:
             return _feedback.passing(told, config.threshold or 0.0)
         return told
 
-    def _config(self) -> Config:
+    def _resolved(self) -> Config:
         given = self.model_fields_set
         return _ask.settings({name: getattr(self, name) for name in _SETTINGS if name in given})
 
