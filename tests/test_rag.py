@@ -13,8 +13,7 @@ import openai
 import pytest
 
 import tlm_tracing as tt
-from tlm_tracing import _annotate, _span
-from tlm_tracing import set_context
+from tlm_tracing import _annotate, _span, set_context
 from tlm_tracing.exceptions import ConfigurationError
 from tlm_tracing.openai import AsyncOpenAI, OpenAI
 from tlm_tracing.scorers import HostedTLM
