@@ -26,14 +26,14 @@ class Heard:
     """What has come of a stream so far.
 
     Attributes:
-        chunks: Every chunk, in order.
+        chunks: What is kept of every chunk, in order.
         first_at: When the first piece of the answer came, by ``time.monotonic``; None before.
         held: Those that the caller does not get until the score is in.
         replacement: What the caller gets instead of the answer, in a list of one; empty if it
             is not replaced.
     """
 
-    __slots__ = ("_is_token", "_kept", "chunks", "first_at", "held", "replacement")
+    __slots__ = ("_id", "_is_token", "_kept", "chunks", "first_at", "held", "replacement")
 
     def __init__(
         self, is_token: Callable[[Any], bool], kept: Callable[[Any], Any] | None = None
@@ -44,6 +44,7 @@ class Heard:
         self.replacement: list[Any] = []
         self._is_token = is_token
         self._kept = kept
+        self._id: str | None = None
 
     @property
     def is_given(self) -> bool:
@@ -54,7 +55,12 @@ class Heard:
         """Keep a chunk."""
         if self.first_at is None and self._is_token(chunk):
             self.first_at = time.monotonic()
-        self.chunks.append(chunk if self._kept is None else self._kept(chunk))
+        if self._kept is not None:
+            whole, chunk = chunk, self._kept(chunk)
+            # The first with words is kept whole: it tells the id and the model, too.
+            if type(chunk) is str and self._id != whole.id:
+                self._id, chunk = whole.id, whole
+        self.chunks.append(chunk)
 
     def answer(self, endpoint: Endpoint) -> dict[str, Any] | None:
         """The answer so far as plain data; None before the first chunk."""

@@ -6,7 +6,8 @@ Source: https://platform.openai.com/docs/api-reference/chat
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from tlm_tracing._endpoints import _usage
@@ -16,6 +17,8 @@ VERB = "chat"
 
 _JOINED = frozenset({"content", "refusal", "reasoning_content", "reasoning", "arguments", "input"})
 _AUDIO = frozenset({"data", "transcript"})
+_WORDS = {"content"}
+_PADDING = {"obfuscation"}
 
 
 @functools.cache
@@ -33,14 +36,14 @@ def assemble(chunks: Iterable[Any]) -> dict[str, Any]:
     several orders of chunks that servers do send.
 
     Args:
-        chunks: ``ChatCompletionChunk`` objects, or the same as plain data.
+        chunks: ``ChatCompletionChunk`` objects, the same as plain data, or the next words.
 
     Returns:
         The completion as plain data, ``choices`` in the order of their indexes.
     """
     answer: dict[str, Any] = {}
     choices: dict[int, dict[str, Any]] = {}
-    for chunk in chunks:
+    for chunk in _words_joined(chunks):
         data = chunk if isinstance(chunk, Mapping) else _dump(chunk)
         for choice in data.get("choices") or []:
             _add_choice(choices, choice)
@@ -52,6 +55,14 @@ def assemble(chunks: Iterable[Any]) -> dict[str, Any]:
     answer["object"] = "chat.completion"
     answer["choices"] = [_finished(choices[index]) for index in sorted(choices)]
     return answer
+
+
+def _words_joined(chunks: Iterable[Any]) -> Iterator[Any]:
+    for is_text, some in itertools.groupby(chunks, lambda chunk: isinstance(chunk, str)):
+        if is_text:
+            yield {"choices": [{"index": 0, "delta": {"content": "".join(some)}}]}
+        else:
+            yield from some
 
 
 def construct(answer: Mapping[str, Any]) -> Any:
@@ -68,11 +79,32 @@ def is_whole(answer: Mapping[str, Any]) -> bool:
 
 
 def kept(chunk: Any) -> Any:
-    """A piece of a tool call as plain data: some readers add the later pieces to the first."""
-    for choice in getattr(chunk, "choices", None) or ():
-        if getattr(getattr(choice, "delta", None), "tool_calls", None):
-            return _dump(chunk)
-    return chunk
+    """What is kept of a chunk: of one that only tells the next words, these.
+
+    Thousands of objects that are kept cost their garbage collection over and over. A piece of a
+    tool call becomes plain data: some readers add the later pieces to the first.
+    """
+    try:
+        choices = chunk.choices
+        if len(choices) == 1 and _tells_words_alone(chunk, choices[0]):
+            return choices[0].delta.content
+        is_call = any(choice.delta.tool_calls for choice in choices)
+    except (AttributeError, TypeError):  # an odd shape
+        return chunk
+    return _dump(chunk) if is_call else chunk
+
+
+def _tells_words_alone(chunk: Any, choice: Any) -> bool:
+    return (
+        choice.delta.model_fields_set == _WORDS
+        and type(choice.delta.content) is str
+        and choice.finish_reason is None
+        and choice.index == 0
+        and choice.logprobs is None
+        and not choice.model_extra
+        and chunk.usage is None
+        and (not chunk.model_extra or chunk.model_extra.keys() == _PADDING)
+    )
 
 
 def is_token(chunk: Any) -> bool:
