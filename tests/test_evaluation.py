@@ -137,6 +137,17 @@ def test_the_same_answer_is_scored_once(sandbox):
     assert len(result.result_df) == 2 * len(ROWS)
 
 
+@pytest.mark.parametrize("stored_traces", [False, True])
+def test_all_rows_can_be_asked_for_before(sandbox, stored_traces):
+    """The evaluation then finds the scores, and asks for none again."""
+    data = record(*SCORES) if stored_traces else DATA
+    scorer = TLMTrustworthiness()
+    assert scorer.prefetch(data) is data
+    sandbox.wait_for("tlm", len(ROWS))
+    assert evaluate(data, scorer).metrics["trustworthiness/mean"] == pytest.approx(0.5)
+    assert len(prompts(sandbox)) == len(ROWS)
+
+
 def test_two_scorers_ask_once(sandbox, stored):
     """The score and the pass or fail are told side by side."""
     passing = TLMTrustworthiness(threshold=0.5, pass_fail=True)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
+
+from mlflow.entities import Trace
 
 from tlm_tracing._endpoints import chat, known, responses
 from tlm_tracing._messages import Unscorable
@@ -31,6 +33,23 @@ def exchange(inputs: Any, outputs: Any) -> Rebuilt:
     if "choices" in answer:
         answer = _as_response(answer)
     return Rebuilt(responses, _responses_request(given), answer)
+
+
+def told(data: Any) -> Iterator[tuple[Any, Any, Trace | None]]:
+    """Inputs, outputs and trace of each row that is there before an evaluation.
+
+    Args:
+        data: A frame, rows or traces, as an evaluation takes them.
+    """
+    for row in data.to_dict("records") if hasattr(data, "columns") else data:
+        trace = row if isinstance(row, Trace) else row.get("trace")
+        if isinstance(trace, str):
+            trace = Trace.from_json(trace)
+        if isinstance(trace, Trace):
+            root = next((span for span in trace.data.spans if span.parent_id is None), None)
+            yield (root.inputs, root.outputs, trace) if root else (None, None, trace)
+        elif row.get("outputs") is not None:
+            yield row.get("inputs"), row["outputs"], None
 
 
 def _data(value: Any) -> Any:

@@ -11,7 +11,7 @@ from pydantic import PrivateAttr
 
 from tlm_tracing import _annotate, _config
 from tlm_tracing._config import Config
-from tlm_tracing.evaluation import _answers, _ask, _feedback
+from tlm_tracing.evaluation import _answers, _ask, _feedback, _rows
 from tlm_tracing.evaluation._answers import Answer
 from tlm_tracing.exceptions import ConfigurationError
 
@@ -153,7 +153,32 @@ class TLMTrustworthiness(Scorer):
         given = self.model_fields_set
         return _ask.settings({name: getattr(self, name) for name in _SETTINGS if name in given})
 
+    def prefetch(self, data: Any) -> Any:
+        """Ask for the scores of all rows at once, before an evaluation that is to find them.
+
+        MLflow hands a scorer one row after the other, as many at once as it has workers.
+
+        Args:
+            data: What the evaluation gets: a frame, rows or traces. Rows without an answer yet
+                are left to it.
+
+        Returns:
+            The same: ``mlflow.genai.evaluate(scorer.prefetch(data), scorers=[scorer])``.
+        """
+        config = self._resolved()
+        for row in _rows.told(data):
+            for one in self._found(*row, config):
+                if one.asked is not None:
+                    one.asked.send()
+        return data
+
     def _settled(
+        self, inputs: Any, outputs: Any, trace: Trace | None, config: Config
+    ) -> list[Answer]:
+        found = self._found(inputs, outputs, trace, config)
+        return _answers.settled(found, config, self._asker)
+
+    def _found(
         self, inputs: Any, outputs: Any, trace: Trace | None, config: Config
     ) -> list[Answer]:
         found: list[Answer] = []
@@ -162,7 +187,7 @@ class TLMTrustworthiness(Scorer):
         if not found:
             given, said = _picked(self.prompt, inputs), _picked(self.response, outputs)
             found = [_answers.of_row(given, said, trace, config, rescore=self.rescore)]
-        return _answers.settled(found, config, self._asker)
+        return found
 
 
 def _picked(part: Any, value: Any) -> Any:
