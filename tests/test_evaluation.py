@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 import tlm_tracing as tt
-from tlm_tracing import _cache
+from tlm_tracing import _cache, _outbox
 from tlm_tracing.evaluation import TLMTrustworthiness, tlm_trustworthiness
 from tlm_tracing.scorers import HostedTLM
 from tlm_tracing.testing import FakeScorer
@@ -339,9 +339,11 @@ def test_the_scorer_by_itself_changes_nothing(stored):
 # mlflow.genai.evaluate: an application that is called.
 
 
+@pytest.mark.parametrize("mode", ["inline", "background"])
 @pytest.mark.parametrize("is_async", [False, True])
-def test_a_traced_application_is_not_scored_twice(sandbox, stored, is_async):
-    """Its live scores are taken; each trace tells one."""
+def test_a_traced_application_is_not_scored_twice(sandbox, stored, is_async, mode):
+    """Its live scores are taken; each trace tells one. That MLflow tries it out costs none."""
+    tt.configure(mode=mode)
 
     @tt.trusted
     def ask(question):
@@ -357,8 +359,7 @@ def test_a_traced_application_is_not_scored_twice(sandbox, stored, is_async):
 
     inputs = [{"inputs": row["inputs"]} for row in DATA]
     result = evaluate(inputs, predict_fn=aask if is_async else ask)
-    # MLflow tries the function once before it begins.
-    assert len(prompts(sandbox)) <= len(ROWS) + 1
+    assert len(prompts(sandbox)) == len(ROWS)
     assert result.metrics["trustworthiness/mean"] == pytest.approx(0.5)
     traces = list(stored())
     assert len(traces) == len(ROWS)
@@ -366,6 +367,36 @@ def test_a_traced_application_is_not_scored_twice(sandbox, stored, is_async):
         told = assessed(trace)["trustworthiness"]
         assert f"{told.value:.4f}" == trace.info.tags["trust_score"]
         assert told.metadata["llm_model"] == "gpt-4o-2024-08-06"
+
+
+def test_a_low_answer_in_background_mode_is_only_flagged(stored):
+    """The caller waits for the score, but gets what it would get without."""
+    scorer = FakeScorer(default=RuntimeError("no"))
+    tt.configure(mode="background", threshold=0.5, on_low="raise", on_error="raise")
+
+    @tt.trusted
+    def ask(question):
+        return answer(question).choices[0].message.content
+
+    inputs = [{"inputs": row["inputs"]} for row in DATA[:2]]
+    evaluate(inputs, predict_fn=ask)
+    scores = {trace.info.tags["trust_score"] for trace in stored()}
+    assert scores == {"0.9000", "0.1000"}
+    tt.configure(scorer=scorer)
+    evaluate(inputs[:1], predict_fn=ask)
+    errors = [one.error for trace in stored() for one in assessed(trace).values() if one.error]
+    assert [error.error_code for error in errors] == ["scorer_error"]
+
+
+def test_an_evaluation_waits_for_a_slow_store(stored, monkeypatch):
+    """Otherwise callers soon wait no more; MLflow reads each trace as soon as it has ended."""
+    monkeypatch.setattr(_outbox, "_PATIENCE", 0.0)
+    with tt.trusted_span("live"):
+        answer(ROWS[0][0])
+    evaluate()
+    assert tt.flush(60)
+    assert len(stored()) == 1 + len(ROWS)
+    assert all(assessed(trace) for trace in stored())
 
 
 def test_an_application_without_traces_of_ours_is_scored_from_its_trace(sandbox, stored):
@@ -463,7 +494,9 @@ def test_prompt_and_response_can_be_named(sandbox):
         ("Why?", float("nan"), "empty"),
         ("Why?", "  ", "empty"),
         ("Why?", {"role": "assistant", "content": None, "refusal": "No."}, "refusal"),
-        ([{"role": "user", "content": object()}], "So.", "unsupported_content"),
+        pytest.param(
+            [{"role": "user", "content": object()}], "So.", "unsupported_content", id="an object"
+        ),
     ],
     ids=str,
 )

@@ -774,6 +774,7 @@ def test_what_has_its_score_is_not_scored_again(tlm, traces, scorer):
     tlm.get_trustworthiness_score(PROMPTS, RESPONSES)
     before = [tags(one) for one in traces(3)]
     assert len(tt.score_traces(scorer=scorer)) == 0
+    tt.score_traces(scorer=scorer, rescore=True)
     assert [tags(one) for one in traces(3)] == before
 
 

@@ -42,6 +42,8 @@ _TOKENS = "mlflow.trace.tokenUsage"
 _NOT_FOUND = 404
 # An open trace is shown in the store after so many seconds.
 _SOON = 5.0
+# About as long as MLflow's own requests would try.
+_FOR_EVALUATION = 120.0
 
 
 class _Exporter(MlflowV3SpanExporter):
@@ -87,7 +89,9 @@ class _Exporter(MlflowV3SpanExporter):
         self._taken_back(trace.info.trace_id)
         parcel = _outbox.post_together(self._write_traces, _Whole(trace, prompts, workspace))
         self._wholes[trace.info.trace_id] = parcel
-        if not super()._should_log_async():
+        if _live.is_evaluated():
+            _outbox.wait_for(parcel, _FOR_EVALUATION)
+        elif not super()._should_log_async():
             _outbox.wait_for(parcel)
 
     def _write_parts(self, parts: list[_Part]) -> None:

@@ -6,6 +6,7 @@ active in the very context, and no other.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -20,6 +21,24 @@ from tlm_tracing._light import LightSpan
 def held(trace_id: str) -> AbstractContextManager[Any]:
     """Enter to have the live trace, locked; None if MLflow does not hold it (any more)."""
     return _manager().get_trace(trace_id)  # type: ignore[no-any-return]
+
+
+def is_evaluated() -> bool:
+    """Whether an evaluation of MLflow's makes the call at hand.
+
+    It reads the trace as soon as the application has returned, and fails if that is not written.
+    """
+    pyfunc: Any = sys.modules.get("mlflow.pyfunc.context")  # without it, nothing is evaluated
+    context = None if pyfunc is None else pyfunc.get_prediction_context()
+    return context is not None and bool(context.is_evaluate and context.request_id)
+
+
+def is_tried_out() -> bool:
+    """Whether MLflow tries an application out before an evaluation, with tracing off."""
+    # It counts the spans that are not recorded meanwhile, by a method of its own.
+    name = "mlflow.genai.utils.trace_utils"
+    tracer = getattr(sys.modules.get(name), "NoOpTracer", None)
+    return tracer is not None and bool(tracer.start_span.__module__ == name)
 
 
 def may_be_lost(span: Any, *, whole: bool) -> bool:

@@ -163,11 +163,11 @@ class _Outbox:
             if not self._writers:
                 self._start_writer()
 
-    def wait_for(self, parcel: Parcel) -> None:
-        if self.is_away or time.monotonic() < self._slow_until:
+    def wait_for(self, parcel: Parcel, patience: float | None) -> None:
+        if patience is None and (self.is_away or time.monotonic() < self._slow_until):
             return
         with self._hurrying():
-            is_written = parcel.written.wait(_PATIENCE)
+            is_written = parcel.written.wait(_PATIENCE if patience is None else patience)
         if not is_written:
             self._slow_until = time.monotonic() + _IMPATIENT
 
@@ -463,9 +463,15 @@ def lose(why: str) -> None:
     _outbox.lose(why)
 
 
-def wait_for(parcel: Parcel) -> None:
-    """Wait a few seconds for something to be written, but not for a store that is away."""
-    _outbox.wait_for(parcel)
+def wait_for(parcel: Parcel, patience: float | None = None) -> None:
+    """Wait for something to be written.
+
+    Args:
+        parcel: What was posted.
+        patience: Seconds to wait at most, also for a store that is away; None waits a few
+            seconds, and not for such a store.
+    """
+    _outbox.wait_for(parcel, patience)
 
 
 def start() -> None:

@@ -23,6 +23,7 @@ from tlm_tracing import (
     _annotate,
     _asking,
     _ends,
+    _live,
     _outbox,
     _propagation,
     _ready,
@@ -46,6 +47,8 @@ _logger = logging.getLogger("tlm_tracing")
 
 # Well below the 1,000 traces that MLflow has room for: beyond that it loses the oldest.
 _MOST_HELD = 500
+# How many scores are kept during an evaluation, which asks for the first answer twice.
+_KEPT_FOR_EVALUATION = 10_000
 
 
 class guarded:  # noqa: N801 - used like a function
@@ -104,6 +107,10 @@ class Call:
         self.trust: Trust | None = None
         self.request = request
         self.endpoint = endpoint
+        self._is_evaluated = _live.is_evaluated()
+        if self._is_evaluated or _live.is_tried_out():
+            kept = max(config.cache_size, _KEPT_FOR_EVALUATION)
+            config = replace(config, cache_size=kept)
         self._config = config
         self._started = time.monotonic()
         self._scopes = scope.chain() if (scope := _scope.current()) else []
@@ -307,7 +314,7 @@ class Call:
 
     def _must_wait(self, completion: Any, asked: Future[Verdict]) -> bool:
         """Whether the caller waits for the verdict; if not, the call goes on without it."""
-        if asked.done() or self._config.mode != "background":
+        if asked.done() or self._config.mode != "background" or self._is_evaluated:
             return True
         self._go_on_alone(completion, asked)
         return False
@@ -470,7 +477,8 @@ class Call:
     def _given(self, given: Any, action: str | None, verdict: Verdict) -> Any:
         if action == "raised" and self.trust is not None:
             raise UntrustworthyResponseError(given, self.trust, self._config.threshold or 0.0)
-        if verdict.error is not None and self._config.on_error == "raise":
+        is_inline = self._config.mode == "inline"
+        if verdict.error is not None and is_inline and self._config.on_error == "raise":
             raise verdict.error
         return given
 

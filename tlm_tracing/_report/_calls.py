@@ -14,6 +14,7 @@ from tlm_tracing._report._row import UNSEEN, Row, to_score
 from tlm_tracing._report._truth import Claim, Verdict, claim
 
 _SCORING = "tlm.trustworthiness"
+_ANSWERED = "tlm.prompt"  # by TLM itself, as wrap_tlm records it
 _LLM_MODEL = "llm_model"
 _CUT = "..."
 
@@ -144,10 +145,16 @@ def with_texts(row: Row, trace: Trace | None) -> Row:
 
 def _scored_texts(trace: Trace, span_id: str | None) -> tuple[str, str] | None:
     """Prompt and response on the scoring span of a call; of the only one, if it is not named."""
-    spans = [span for span in trace.data.spans if span.name == _SCORING]
+    spans = [span for span in trace.data.spans if span.name in (_SCORING, _ANSWERED)]
     if span_id is not None:
-        spans = [span for span in spans if span.parent_id == span_id]
-    texts = spans[-1].inputs if spans and (span_id or len(spans) == 1) else None
-    if not isinstance(texts, dict) or not {"prompt", "response"} <= texts.keys():
+        # One that wrap_tlm has recorded is the call's own span.
+        own = [span for span in spans if span.span_id == span_id]
+        spans = own or [span for span in spans if span.parent_id == span_id]
+    if not spans or not (span_id or len(spans) == 1):
         return None
-    return str(texts["prompt"]), str(texts["response"])
+    texts: dict[str, Any] = {}
+    for told in (spans[-1].outputs, spans[-1].inputs):
+        if isinstance(told, dict):
+            texts |= told
+    prompt, response = texts.get("query") or texts.get("prompt"), texts.get("response")
+    return None if prompt is None or response is None else (str(prompt), str(response))

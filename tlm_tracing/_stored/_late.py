@@ -93,7 +93,9 @@ def _tags(info: TraceInfo, judged: Iterable[Judged]) -> Tags:
     """Those that change."""
     known = [one.standing for one in judged]
     if not known:
-        wanted: Tags = {_annotate.STATUS_TAG: "unscored"}
+        # A score that is there all the same is of something else, such as a pair of wrap_tlm's.
+        is_scored = _annotate.SCORE_TAG in info.tags
+        wanted: Tags = {} if is_scored else {_annotate.STATUS_TAG: "unscored"}
     elif any(one.is_new or one.standing.score is not None for one in judged):
         wanted = _annotate.tags(known)
     else:

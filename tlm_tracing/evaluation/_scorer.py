@@ -9,7 +9,7 @@ from mlflow.entities import Feedback, Trace
 from mlflow.genai.scorers import Scorer
 from pydantic import PrivateAttr
 
-from tlm_tracing import _annotate, _config
+from tlm_tracing import _annotate, _config, _exporter
 from tlm_tracing._config import Config
 from tlm_tracing.evaluation import _answers, _ask, _feedback, _rows
 from tlm_tracing.evaluation._answers import Answer
@@ -120,6 +120,7 @@ class TLMTrustworthiness(Scorer):
         session: Any = None,
     ) -> Feedback:
         """What MLflow calls in an evaluation; its own clock is not needed."""
+        _exporter.adopt()  # the evaluation's traces, too, are written many at a time then
         told = self(inputs=inputs, outputs=outputs, expectations=expectations, trace=trace)
         return _feedback.replacing(told, trace)
 
