@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -30,6 +31,12 @@ PATCHED = [
     lambda: ThreadPoolExecutor.submit,
 ]
 ORIGINALS = [patched() for patched in PATCHED]
+CLEANLABS = {
+    "tlm_base_url": "/v0/trustworthy_llm",
+    "tlm_rag_base_url": "/v1/rag_trustworthy_llm",
+    "tlm_openai_base_url": "/v1/openai_trustworthy_llm",
+    "tlm_explanation_base_url": "/v1/tlm_explanation",
+}
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -59,6 +66,10 @@ def sandbox(running_sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> Sandbo
     running_sandbox.clear()
     for name, value in running_sandbox.environment().items():
         monkeypatch.setenv(name, value)
+    # Cleanlab's client reads its address when it is imported, which may have been long ago.
+    if (api := sys.modules.get("cleanlab_tlm.internal.api.api")) is not None:
+        for name, path in CLEANLABS.items():
+            monkeypatch.setattr(api, name, running_sandbox.tlm_base_url + path)
     return running_sandbox
 
 

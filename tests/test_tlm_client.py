@@ -13,7 +13,6 @@ import mlflow
 import openai
 import pytest
 from cleanlab_tlm import TLM, Eval, TLMCalibrated, TLMLite, TrustworthyRAG, errors
-from cleanlab_tlm.internal.api import api
 from cleanlab_tlm.utils.chat_completions import TLMChatCompletion
 from cleanlab_tlm.utils.responses import TLMResponses
 from mlflow.entities import SpanStatusCode
@@ -23,12 +22,6 @@ from tlm_tracing import _ready
 from tlm_tracing.exceptions import ConfigurationError
 from tlm_tracing.tlm_client import wrap_tlm
 
-ADDRESSES = {
-    "tlm_base_url": "/v0/trustworthy_llm",
-    "tlm_rag_base_url": "/v1/rag_trustworthy_llm",
-    "tlm_openai_base_url": "/v1/openai_trustworthy_llm",
-    "tlm_explanation_base_url": "/v1/tlm_explanation",
-}
 CANNED = [
     ("What is 1+1?", "2", 0.96, "Nothing is wrong with it."),
     ("What is 1+2?", "4", 0.0312, "It is 3."),
@@ -42,10 +35,8 @@ EXPLAINED = {"log": ["explanation"]}
 
 
 @pytest.fixture(autouse=True)
-def cleanlab(sandbox, monkeypatch):
-    """Cleanlab's clients read the address once, when they are imported."""
-    for name, path in ADDRESSES.items():
-        monkeypatch.setattr(api, name, sandbox.tlm_base_url + path)
+def cleanlab(sandbox):
+    """What Cleanlab's service says."""
     for prompt, response, score, explanation in CANNED:
         sandbox.answer(prompt, response, score=score, explanation=explanation)
     return sandbox
