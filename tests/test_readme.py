@@ -25,7 +25,8 @@ def environment(sandbox, store):
 
 @pytest.mark.parametrize("snippet", SNIPPETS, ids=lambda snippet: snippet.splitlines()[3][:40])
 def test_a_readme_snippet_runs(snippet, environment):
-    if "client.responses" in snippet and not hasattr(openai.OpenAI, "responses"):
+    needs_responses = "client.responses" in snippet or "TrustedChatAgent" in snippet
+    if needs_responses and not hasattr(openai.OpenAI, "responses"):
         pytest.skip("this openai has no Responses API")
     done = fresh.run(snippet, env=environment)
     assert done.returncode == 0, done.stderr

@@ -109,8 +109,8 @@ def _go(made: Plan, tally: Tally, said: Console) -> tuple[int, Run]:
             tally.take(running)
         except KeyboardInterrupt:
             status = INTERRUPTED
-            said.print("Stopping: what was sent is waited for and written. Again to stop at once.")
             running.stop()
+            said.print("Stopping: what was sent is waited for and written. Again to stop at once.")
             with contextlib.suppress(KeyboardInterrupt):
                 tally.take(running)
     except (TLMTracingError, MlflowException) as error:
