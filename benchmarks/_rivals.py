@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -241,7 +242,6 @@ def watch(name: str, client: Any, *, export: str, experiment: str) -> Drain:
     way = WAYS[name]
     if way.exports or name == "ours, outside":
         if name.startswith("ours"):
-            # It recognises MLflow's exporter by its class, and leaves others alone.
             importlib.import_module("tlm_tracing._exporter")
         if export == "off":
             _drop_traces()
@@ -258,16 +258,19 @@ def _drop_traces() -> None:
 
     manager: Any = InMemoryTraceManager.get_instance()
 
-    class Dropping(mlflow_v3.MlflowV3SpanExporter):
-        def export(self, spans: Sequence[Any]) -> None:
-            with manager._lock:
-                for span in spans:
-                    if span.parent is None:
-                        number = span.context.trace_id
-                        trace_id = manager._otel_id_to_mlflow_trace_id.pop(number, None)
-                        manager._traces.pop(trace_id, None)
+    def drop(self: Any, spans: Sequence[Any]) -> None:
+        with manager._lock:
+            for span in spans:
+                if span.parent is None:
+                    number = span.context.trace_id
+                    trace_id = manager._otel_id_to_mlflow_trace_id.pop(number, None)
+                    manager._traces.pop(trace_id, None)
 
-    mlflow_v3.MlflowV3SpanExporter = Dropping  # type: ignore[misc]
+    # The classes stay, as ours recognises MLflow's by its class, and makes its own of it.
+    ours = sys.modules.get("tlm_tracing._exporter")
+    for exporter in (mlflow_v3.MlflowV3SpanExporter, getattr(ours, "_Exporter", None)):
+        if exporter is not None:
+            exporter.export = drop  # type: ignore[method-assign]
 
 
 def _provider() -> Any:
