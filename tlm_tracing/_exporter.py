@@ -229,7 +229,7 @@ def adopt() -> None:
         before, processor._batch_delegate = processor._batch_delegate, Batch(exporter)
         before.force_flush()
     exporter.__class__ = _Exporter
-    _outbox.start()
+    _outbox.start(is_server=str(exporter._client.tracking_uri).startswith("http"))
 
 
 def is_alone() -> bool:

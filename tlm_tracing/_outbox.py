@@ -26,7 +26,10 @@ from tlm_tracing import _threads
 _logger = logging.getLogger("tlm_tracing")
 
 _MOST = 10_000
-_WRITERS = 8
+# Threads that write: to a database of our own, where they wait for each other, and to a server,
+# where they wait for the network more than they work.
+_WRITERS = 4
+_WRITERS_TO_A_SERVER = 16
 # Enough to share what a request costs, few enough for a fork or the end to wait for.
 _TOGETHER = 20
 # What waits longer, or is more, is written as fast as it goes. Until then a writer rests up to
@@ -108,6 +111,7 @@ class _Outbox:
         self._later: list[tuple[float, int, Parcel]] = []
         self._numbers = itertools.count()
         self._writers = 0
+        self._most_writers = _WRITERS
         self._idle = 0
         self._writing = 0
         self._forks = 0
@@ -158,8 +162,9 @@ class _Outbox:
     def _push(self, parcel: Parcel, due: float) -> None:
         heapq.heappush(self._later, (due, next(self._numbers), parcel))
 
-    def start(self) -> None:
+    def start(self, *, is_server: bool) -> None:
         with self.work:
+            self._most_writers = _WRITERS_TO_A_SERVER if is_server else _WRITERS
             if not self._writers:
                 self._start_writer()
 
@@ -172,7 +177,7 @@ class _Outbox:
             self._slow_until = time.monotonic() + _IMPATIENT
 
     def _start_another(self) -> None:
-        if self._due and not self._idle and self._writers < _WRITERS:
+        if self._due and not self._idle and self._writers < self._most_writers:
             self._start_writer()
 
     def _start_writer(self) -> None:
@@ -218,14 +223,16 @@ class _Outbox:
         if self.is_away:
             return not self._probing and now >= self._away_until
         urgency = self._urgency(now)
-        return self._writing < urgency * _WRITERS and (urgency >= 1 or now >= self._rest_until)
+        return self._writing < urgency * self._most_writers and (
+            urgency >= 1 or now >= self._rest_until
+        )
 
     def _urgency(self, now: float) -> float:
         """How much is to be written at a time, as a share of what there are threads for."""
         if self._flushes or self.until is not None or now - self.last_call > _BUSY_FOR:
             return 1.0
         waited = (now - self._due[0].posted) / _PATIENT_FOR if self._due else 0.0
-        return min(1.0, max(waited, self.unwritten / _PATIENT_UP_TO, 1 / _WRITERS))
+        return min(1.0, max(waited, self.unwritten / _PATIENT_UP_TO, 1 / self._most_writers))
 
     def _taken(self) -> list[Parcel]:
         """The first that is due, and others that can be written with it."""
@@ -474,9 +481,13 @@ def wait_for(parcel: Parcel, patience: float | None = None) -> None:
     _outbox.wait_for(parcel, patience)
 
 
-def start() -> None:
-    """Have a thread that writes while threads can be started."""
-    _outbox.start()
+def start(*, is_server: bool) -> None:
+    """Have a thread that writes while threads can be started.
+
+    Args:
+        is_server: Whether what is written goes to a server, by HTTP.
+    """
+    _outbox.start(is_server=is_server)
 
 
 def flush(timeout: float | None = _FLUSH) -> bool:
@@ -524,7 +535,9 @@ def report(unready: int = 0, error: Exception | None = None) -> None:
 def _after_fork() -> None:
     """A forked child has none of its parent's threads, and its parent writes what is left."""
     global _outbox
+    most_writers = _outbox._most_writers
     _outbox = _Outbox()
+    _outbox._most_writers = most_writers
 
 
 _outbox = _Outbox()
