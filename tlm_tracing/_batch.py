@@ -9,15 +9,18 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
+import time
 import weakref
 from collections import deque
 from typing import Any
 
 from tlm_tracing import _outbox, _threads
 
-# They are exported after so many seconds, or when there are so many.
+# They are exported after so many seconds, while the application makes calls after some more, or
+# when there are so many: MLflow has room for 1,000 traces, and loses the oldest.
 _COLLECT = 0.5
-_MANY = 500
+_COLLECT_LATER = 5.0
+_MANY = 700
 
 
 class Batch:
@@ -81,7 +84,10 @@ class Batch:
     def _run(self) -> None:
         while not self._is_over:
             self._has_some.wait()
-            self._has_many.wait(_COLLECT)
+            until = time.monotonic() + _COLLECT_LATER
+            while not self._has_many.wait(_COLLECT):
+                if not _outbox.is_called() or time.monotonic() >= until:
+                    break
             self._has_some.clear()
             self.force_flush()
 

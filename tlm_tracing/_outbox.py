@@ -460,6 +460,11 @@ def called() -> None:
     _outbox.last_call = time.monotonic()
 
 
+def is_called() -> bool:
+    """Whether the application makes calls at present."""
+    return time.monotonic() - _outbox.last_call <= _BUSY_FOR
+
+
 def busy() -> AbstractContextManager[None]:
     """Enter to do something during which the process must not fork."""
     return _outbox.busy()
