@@ -34,8 +34,9 @@ class Batch:
 
     def _begin(self) -> None:
         self._spans: deque[Any] = deque()
-        self._exporting = threading.Lock()
-        self._starting = threading.Lock()
+        # A finalizer or a signal's handler may end or flush spans in the middle of either.
+        self._exporting = threading.RLock()
+        self._starting = threading.RLock()
         self._has_some = threading.Event()
         self._has_many = threading.Event()
         self._thread: threading.Thread | None = None

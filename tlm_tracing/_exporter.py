@@ -108,11 +108,14 @@ class _Exporter(MlflowV3SpanExporter):
 
     def _write_whole(self, wholes: list[_Whole]) -> None:
         """Write traces: what is known of each first, as that costs a store least, then spans."""
-        early = [whole for whole in wholes if _outlasts(whole.trace)]
+        early: list[_Whole] = []
+        late: list[_Whole] = []
+        for whole in wholes:
+            (early if _outlasts(whole.trace) else late).append(whole)
         self._write_spans(whole.spans for whole in early)
         for whole in wholes:
             self._start(whole.trace)
-        self._write_spans(whole.spans for whole in wholes if whole not in early)
+        self._write_spans(whole.spans for whole in late)
         for whole in wholes:
             self._write_rest(whole)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -35,11 +36,14 @@ class TLMRecord(_record._Record):
 
     def inputs(self, value: Any) -> None:
         """Record what is asked."""
-        self._list("request_preview", self._put(self._span.set_inputs, value), "query", "prompt")
+        self._list("request_preview", self._told(_record._INPUTS, value), "query", "prompt")
 
     def outputs(self, value: Any) -> None:
         """Record what was told."""
-        self._list("response_preview", self._put(self._span.set_outputs, value), "response")
+        self._list("response_preview", self._told(_record._OUTPUTS, value), "response")
+
+    def _told(self, key: str, value: Any) -> Any:
+        return self._put(functools.partial(self._span.set_attribute, key), value)
 
     def _list(self, preview: str, shown: Any, *names: str) -> None:
         """Have MLflow list the trace by its texts alone."""
@@ -62,13 +66,11 @@ class TLMRecord(_record._Record):
         """
         pair = copy.copy(self)
         self._pairs.append(pair)
-        if isinstance(self._span, _ready.LaterSpan):
-            pair._span = _ready.LaterSpan(name, kind, self._span)
-            pair._span.start_time_ns = began
-        else:
-            pair._span = _ready.start(name, kind, self._span, began)
-            pair.span_id = None if self.trace_id is None else pair._span.span_id
-        pair._span.set_inputs(inputs)
+        span: Any = _record.start_inside(name, kind, self._span, began)
+        pair._span = span
+        if self.trace_id is not None:
+            pair.span_id = span.span_id
+        span.set_attribute(_record._INPUTS, inputs)
         return pair
 
     def seen(self, value: Any) -> Any:
