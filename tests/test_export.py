@@ -2,6 +2,7 @@
 
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import mlflow
 import pytest
@@ -172,3 +173,17 @@ def test_the_time_that_a_late_score_takes_is_not_its_traces(server, scorer):
     root, *_, scoring = trace.data.spans
     assert scoring.end_time_ns > root.end_time_ns
     assert trace.info.execution_duration <= (root.end_time_ns - root.start_time_ns) / 1e6 + 1
+
+
+@pytest.mark.long
+def test_nothing_of_a_burst_is_lost(server):
+    """More calls than MLflow has room for traces, spans and tasks are all there, and whole."""
+    dropped = tt.stats().dropped
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda _: ask(), range(1500)))
+    assert tt.flush(120)
+    found = mlflow.search_traces(return_type="list", max_results=2000)
+    assert len(found) == 1500
+    for trace in found:
+        assert_whole(trace)
+    assert tt.stats().dropped == dropped
