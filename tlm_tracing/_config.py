@@ -38,6 +38,7 @@ SCORER_NAMES = ("hosted",)
 """The scorers that can be meant by name."""
 
 _PREFIX = "TLM_TRACING_"
+_API_KEY = "CLEANLAB_TLM_API_KEY"
 _MOST_MERGED = 32
 _QUOTES = frozenset("\"'`\u2018\u2019\u201c\u201d")
 _CLEANLAB_URL = "https://api.cleanlab.ai/api"
@@ -180,11 +181,10 @@ def base() -> Config:
     Raises:
         ConfigurationError: If an environment variable has a value that cannot work.
     """
-    get = os.environ.get
-    return _from_environment(
-        tuple(get(_PREFIX + name.upper()) for name in _PARSERS),
-        cleanlab_api_key() is not None,
-    )
+    # For each call, so as os.environ keeps them: it decodes a value whenever it is asked for it.
+    kept = getattr(os.environ, "_data", None)
+    get = os.environ.get if kept is None else kept.get
+    return _from_environment(tuple(map(get, _VARIABLES if kept is None else _KEPT_AS)))
 
 
 def resolve(*layers: Mapping[str, Any]) -> Config:
@@ -221,7 +221,7 @@ def is_set(name: str, *layers: Mapping[str, Any]) -> bool:
 
 def cleanlab_api_key() -> str | None:
     """The key in ``CLEANLAB_TLM_API_KEY``; None if it is unset or blank."""
-    return os.environ.get("CLEANLAB_TLM_API_KEY", "").strip() or None
+    return os.environ.get(_API_KEY, "").strip() or None
 
 
 def key_fault(key: str) -> str | None:
@@ -278,13 +278,14 @@ _redacted.learn_from(secrets)
 
 
 @functools.lru_cache(maxsize=32)
-def _from_environment(raw: tuple[str | None, ...], has_key: bool) -> Config:
-    values: dict[str, Any] = {"scorer": "hosted" if has_key else None}
-    for (name, parse), text in zip(_PARSERS.items(), raw, strict=True):
-        if text is None or not text.strip():
+def _from_environment(found: tuple[str | bytes | None, ...]) -> Config:
+    key, *texts = ("" if text is None else os.fsdecode(text).strip() for text in found)
+    values: dict[str, Any] = {"scorer": "hosted" if key else None}
+    for (name, parse), text in zip(_PARSERS.items(), texts, strict=True):
+        if not text:
             continue
         try:
-            values[name] = parse(text.strip())
+            values[name] = parse(text)
             Config(**{name: values[name]})
         except ValueError:  # ConfigurationError, too, whose message tells the value: maybe a key
             raise ConfigurationError(f"{_PREFIX}{name.upper()} must be {_WANTED[name]}.") from None
@@ -322,6 +323,9 @@ _PARSERS: Mapping[str, Callable[[str], Any]] = {
     "stream_usage": _boolean,
     "evaluation_events": _boolean,
 }
+
+_VARIABLES = (_API_KEY, *environment_names())
+_KEPT_AS = tuple(map(os.environ.encodekey, _VARIABLES))
 
 _SHARE = "a number from 0 to 1"
 _SWITCH = "true or false"

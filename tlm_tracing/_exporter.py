@@ -25,6 +25,7 @@ from mlflow.tracing.config import get_config
 from mlflow.tracing.export.async_export_queue import AsyncTraceExportQueue
 from mlflow.tracing.export.mlflow_v3 import MlflowV3SpanExporter
 from mlflow.tracing.export.utils import try_link_prompts_to_trace
+from mlflow.tracing.processor.mlflow_v3 import MlflowV3SpanProcessor
 from mlflow.tracing.provider import _get_span_processor, _get_trace_exporter, provider
 from mlflow.tracing.trace_manager import InMemoryTraceManager
 from mlflow.tracing.utils import add_size_stats_to_trace_metadata
@@ -74,7 +75,7 @@ class _Exporter(MlflowV3SpanExporter):
         for span in spans:
             by_trace.setdefault(span.trace_id, []).append(span)
         for trace_id, some in by_trace.items():
-            spans_so_far = [*self._taken_back(trace_id), *some, *_live.light_inside(some)]
+            spans_so_far = [*self._taken_back(trace_id), *_live.with_light(some)]
             part = _Part(experiment_id, spans_so_far, workspace)
             self._parts[trace_id] = _outbox.post_together(self._write_parts, part, _SOON)
 
@@ -235,16 +236,21 @@ def adopt() -> None:
     _outbox.start(is_server=str(exporter._client.tracking_uri).startswith("http"))
 
 
-def is_alone() -> bool:
-    """Whether MLflow's present exporter writes by way of the outbox, and nobody sees spans before.
+def alone() -> tuple[Any, Any] | None:
+    """MLflow's span processor and its tracer provider, if nobody else sees spans.
 
-    Others are another processor of OpenTelemetry's, and MLflow's own span processors.
+    Its exporter writes by way of the outbox then. Others are another processor of OpenTelemetry's,
+    MLflow's own span processors, and metrics.
     """
-    active = getattr(provider.get(), "_active_span_processor", None)
+    tracers = provider.get()
+    active = getattr(tracers, "_active_span_processor", None)
     processors: Sequence[Any] = getattr(active, "_span_processors", ())
     if len(processors) != 1 or get_config().span_processors:
-        return False
-    return type(getattr(processors[0], "span_exporter", None)) is _Exporter
+        return None
+    processor = processors[0]
+    if type(processor) is not MlflowV3SpanProcessor or processor._export_metrics:
+        return None
+    return (processor, tracers) if type(processor.span_exporter) is _Exporter else None
 
 
 def is_adopted() -> bool:

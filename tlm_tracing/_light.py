@@ -1,14 +1,14 @@
 """Spans that cost the caller of a call little: they are MLflow's when their trace is written.
 
-A live span of MLflow's costs a tenth of a millisecond to start and as much to end, most of it
-for those who may watch it meanwhile. Inside a call of ours there are none: nothing is active but
-the call's parent span, and our own exporter writes whole traces.
+A live span of MLflow's costs a tenth of a millisecond to start and end, most of it for those who
+may watch it meanwhile. Nobody does if none of ours is active, and our own exporter writes them.
 """
 
 from __future__ import annotations
 
+import functools
 import json
-import random
+import os
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -18,43 +18,68 @@ from mlflow.tracing.constant import SpanAttributeKey
 from mlflow.tracing.utils import build_otel_context, dump_span_attribute_value
 from mlflow.tracing.utils.default_log_level import default_log_level_for_span_type
 from opentelemetry.sdk.trace import Event, ReadableSpan
+from opentelemetry.trace import SpanContext, Status, TraceFlags
 
 # What may be changed by others later: written out at once.
 _CONTENT = frozenset({SpanAttributeKey.INPUTS, SpanAttributeKey.OUTPUTS})
 _OK = SpanStatus(SpanStatusCode.OK)
+_SAMPLED = TraceFlags(TraceFlags.SAMPLED)
 
 
 class LightSpan:
-    """A span inside a live one; takes what a span of MLflow's takes.
+    """A span that is told things, and nothing else; takes what a span of MLflow's takes.
 
-    MLflow holds it with the live spans of the trace, and asks it as it asks those.
+    MLflow holds it with the live spans of its trace, and asks it as it asks those.
     """
 
     def __init__(
-        self, name: str, kind: str, parent: LiveSpan, start_time_ns: int | None = None
+        self,
+        name: str,
+        kind: str,
+        parent: LiveSpan | LightSpan | None,
+        start_time_ns: int | None = None,
+        processor: Any = None,
+        resource: Any = None,
     ) -> None:
         """Start it.
 
         Args:
             name: Its name.
             kind: MLflow's type of span.
-            parent: What it is inside of.
+            parent: What it is inside of; None if it begins a trace, whose id is told later.
             start_time_ns: When it began, since 1970; now by default.
+            processor: MLflow's, which is told of its end. None for one that is written with its
+                parent.
+            resource: OpenTelemetry's account of the process, for one that begins a trace.
         """
         self.name = name
         self.span_type = kind
-        self.trace_id: str = parent.trace_id
-        self.request_id = self.trace_id
-        self.parent_id: str | None = parent.span_id
-        self._number = random.getrandbits(64) or 1
+        self._number = _new_id(8)
         self.span_id = f"{self._number:016x}"
+        self.trace_id = ""
+        self.parent_id: str | None = None
+        self.otel_trace_id = 0
+        self._around: Any = None
+        if parent is None:
+            # Not of Python's own random numbers, which users set back to get the same again.
+            self.otel_trace_id = _new_id(16)
+        else:
+            self.belong(parent.trace_id)
+            self.parent_id = parent.span_id
+            self._around = parent._span
+            self.otel_trace_id = self._around.context.trace_id
         self.start_time_ns = start_time_ns or time.time_ns()
         self.end_time_ns: int | None = None
         self.status = SpanStatus(SpanStatusCode.UNSET)
-        self._around: Any = parent._span
+        self._processor = processor
+        self._resource = resource
         self._told: dict[str, Any] = {}
         self._written: dict[str, str] = {}
         self._events: list[Event] = []
+
+    def belong(self, trace_id: str) -> None:
+        """Tell it MLflow's id of its trace."""
+        self.trace_id = self.request_id = trace_id
 
     def set_attribute(self, key: str, value: Any) -> None:
         """Tell something of it; a value that is not content is not changed by anyone later."""
@@ -68,19 +93,31 @@ class LightSpan:
         for key, value in attributes.items():
             self.set_attribute(key, value)
 
+    def set_inputs(self, value: Any) -> None:
+        """Tell what went in."""
+        self.set_attribute(SpanAttributeKey.INPUTS, value)
+
+    def set_outputs(self, value: Any) -> None:
+        """Tell what came out."""
+        self.set_attribute(SpanAttributeKey.OUTPUTS, value)
+
     def get_attribute(self, key: str) -> Any:
         """What was told; None if nothing was."""
         if key in self._written:
             return json.loads(self._written[key])
         return self._told.get(key)
 
+    def copy(self, key: str, source: LightSpan) -> None:
+        """Tell it a content attribute as another has it, which is written out already."""
+        self._written[key] = source.written(key)
+
     def written(self, key: str) -> str:
         """A content attribute as it is stored."""
         return self._written[key]
 
-    def set_status(self, status: SpanStatus) -> None:
+    def set_status(self, status: SpanStatus | SpanStatusCode) -> None:
         """Say how it went."""
-        self.status = status
+        self.status = status if isinstance(status, SpanStatus) else SpanStatus(status)
 
     def add_event(self, event: SpanEvent) -> None:
         """Note something that happened meanwhile."""
@@ -93,6 +130,8 @@ class LightSpan:
         if self.status.status_code != SpanStatusCode.ERROR:
             self.status = _OK
         self.end_time_ns = end_time_ns or time.time_ns()
+        if self._processor is not None:
+            self._processor.on_end(self._span)
 
     def to_immutable_span(self) -> Span:
         """The span as MLflow stores it."""
@@ -103,12 +142,12 @@ class LightSpan:
             **self._told,
         }
         written = {key: dump_span_attribute_value(value) for key, value in attributes.items()}
-        context = self._around.context
+        parent = self._span.parent
         span = ReadableSpan(
             self.name,
-            context=build_otel_context(context.trace_id, self._number),
-            parent=build_otel_context(context.trace_id, context.span_id),
-            resource=self._around.resource,
+            context=build_otel_context(self.otel_trace_id, self._number),
+            parent=parent and build_otel_context(parent.trace_id, parent.span_id),
+            resource=self._span.resource,
             attributes={**written, **self._written},
             events=self._events,
             status=self.status.to_otel_status(),
@@ -116,3 +155,46 @@ class LightSpan:
             end_time=self.end_time_ns,
         )
         return Span(span)
+
+    @functools.cached_property
+    def _span(self) -> _AsRead:
+        return _AsRead(self)
+
+
+class _AsRead:
+    """A light span as MLflow's processors and exporters read one of OpenTelemetry's."""
+
+    def __init__(self, light: LightSpan) -> None:
+        self._light = light
+        self.name = light.name
+        self.start_time = light.start_time_ns
+        self.context = SpanContext(
+            light.otel_trace_id, light._number, is_remote=False, trace_flags=_SAMPLED
+        )
+        around = light._around
+        self.parent: SpanContext | None = None if around is None else around.context
+        self._parent = self.parent
+        self.resource = light._resource if around is None else around.resource
+
+    @property
+    def end_time(self) -> int | None:
+        return self._light.end_time_ns
+
+    @property
+    def status(self) -> Status:
+        return self._light.status.to_otel_status()
+
+    @property
+    def attributes(self) -> dict[str, str]:
+        """Those that are asked for: which trace it belongs to, and its content."""
+        light = self._light
+        own = {SpanAttributeKey.REQUEST_ID: light.trace_id}
+        own[SpanAttributeKey.EXPERIMENT_ID] = light.get_attribute(SpanAttributeKey.EXPERIMENT_ID)
+        return {
+            **{key: json.dumps(value) for key, value in own.items() if value},
+            **light._written,
+        }
+
+
+def _new_id(size: int) -> int:
+    return int.from_bytes(os.urandom(size), "big") or 1

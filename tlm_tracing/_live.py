@@ -12,7 +12,9 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import mlflow
-from mlflow.entities import LiveSpan, Span
+from mlflow.entities import LiveSpan, NoOpSpan
+from mlflow.tracing.constant import SpanAttributeKey
+from mlflow.tracing.provider import get_current_context
 from mlflow.tracing.trace_manager import InMemoryTraceManager
 
 from tlm_tracing._light import LightSpan
@@ -61,53 +63,98 @@ def may_be_lost(span: Any, *, whole: bool) -> bool:
 
 
 def start_light(
-    name: str, kind: str, parent: LiveSpan, start_time_ns: int | None = None
+    name: str,
+    kind: str,
+    parent: LiveSpan | LightSpan,
+    start_time_ns: int | None = None,
+    processor: Any = None,
 ) -> LightSpan:
-    """Start a light span in a live one; MLflow waits for its end, and writes it with the trace.
+    """Start a light span in another; MLflow waits for its end, and writes it with the trace.
 
     Args:
         name: Its name.
         kind: MLflow's type of span.
         parent: What it is inside of.
         start_time_ns: When it began, since 1970; now by default.
+        processor: MLflow's, which is told of its end; None if it is written with its parent.
     """
-    span = LightSpan(name, kind, parent, start_time_ns)
-    with held(span.trace_id) as trace:
-        if trace is not None:
-            trace.span_dict[span.span_id] = span
+    span = LightSpan(name, kind, parent, start_time_ns, processor)
+    _register(span)
     return span
 
 
-def light_inside(spans: Sequence[Any]) -> list[Span]:
-    """The light spans in these spans of one trace, as MLflow stores them, if they have ended."""
+def start_trace(
+    name: str, kind: str, processor: Any, tracers: Any, experiment_id: str | None
+) -> LightSpan | NoOpSpan | None:
+    """Start a light span that begins a trace, as MLflow starts one.
+
+    Args:
+        name: Its name.
+        kind: MLflow's type of span.
+        processor: MLflow's.
+        tracers: The tracer provider that this belongs to.
+        experiment_id: Where the trace belongs; None if MLflow knows it by itself.
+
+    Returns:
+        The span; one that does nothing if the trace is not sampled, None if there can't be one.
+    """
+    span = LightSpan(name, kind, None, processor=processor, resource=tracers.resource)
+    sampled = tracers.sampler.should_sample(get_current_context(), span.otel_trace_id, name)
+    if not sampled.decision.is_sampled():
+        return NoOpSpan()  # type: ignore[no-untyped-call]
+    if experiment_id is not None:
+        span.set_attribute(SpanAttributeKey.EXPERIMENT_ID, experiment_id)
+    info = processor._start_trace(span._span)
+    if info is None:
+        return None
+    span.belong(info.trace_id)
+    _register(span)
+    return span
+
+
+def _register(span: LightSpan) -> None:
+    with held(span.trace_id) as trace:
+        if trace is not None:
+            trace.span_dict[span.span_id] = span
+
+
+def with_light(spans: Sequence[Any]) -> list[Any]:
+    """Spans of one trace as they can be written, and the light ones in them that have ended."""
     ids = {span.span_id for span in spans}
-    found: list[Span] = []
+    found = {span.span_id: _written(span) for span in spans}
     for trace_id in {span.trace_id for span in spans}:
         with held(trace_id) as trace:
             inside = [] if trace is None else list(trace.span_dict.values())
-        found += [
-            span.to_immutable_span()
-            for span in inside
-            if isinstance(span, LightSpan) and span.parent_id in ids and span.end_time_ns
-        ]
-    return found
+        for span in inside:
+            if isinstance(span, LightSpan) and span.parent_id in ids and span.end_time_ns:
+                found.setdefault(span.span_id, span.to_immutable_span())
+    return list(found.values())
+
+
+def _written(span: Any) -> Any:
+    return span.to_immutable_span() if isinstance(span, LightSpan) else span
 
 
 def copy(key: str, source: Any, target: Any) -> bool:
-    """Tell a live span a content attribute as another has it, which is written out already.
+    """Tell a span a content attribute as another has it, which is written out already.
 
     Args:
         key: Inputs or outputs.
         source: A light span.
-        target: A live one.
+        target: A light or live one.
 
     Returns:
         Whether the two are such spans; nothing is told otherwise.
     """
-    if not (isinstance(source, LightSpan) and isinstance(target, LiveSpan)):
+    if not isinstance(source, LightSpan):
         return False
-    open_one: Any = target._span
-    open_one.set_attribute(key, source.written(key))
+    if isinstance(target, LightSpan):
+        target.copy(key, source)
+    elif isinstance(target, LiveSpan):
+        open_one: Any = target._span
+        open_one.set_attribute(key, source.written(key))
+    else:
+        return False
     return True
 
 
@@ -136,7 +183,7 @@ def discard(otel_trace_id: int, span_id: str) -> bool:
     return True
 
 
-def forget(span: LiveSpan | LightSpan) -> None:
+def forget(span: LiveSpan | LightSpan | NoOpSpan) -> None:
     """Have MLflow not wait for an open span any more, nor write it."""
     with held(span.trace_id) as trace:
         if trace is not None:

@@ -12,6 +12,7 @@ import contextlib
 import heapq
 import itertools
 import logging
+import math
 import os
 import threading
 import time
@@ -236,11 +237,13 @@ class _Outbox:
 
     def _taken(self) -> list[Parcel]:
         """The first that is due, and others that can be written with it."""
+        # Of little no writer takes so much that the others have nothing to do.
+        most = min(_TOGETHER, math.ceil(len(self._due) / self._most_writers))
         first = self._due.popleft()
         taken = [first]
         if first.write_all is not None:
             rest: list[Parcel] = []
-            while self._due and len(taken) < _TOGETHER:
+            while self._due and len(taken) < most:
                 parcel = self._due.popleft()
                 (taken if parcel.goes_with(first) else rest).append(parcel)
             self._due.extendleft(reversed(rest))

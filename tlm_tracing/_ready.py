@@ -18,11 +18,12 @@ from collections.abc import Callable
 from typing import Any
 
 import mlflow
-from mlflow.entities import LiveSpan
+from mlflow.entities import LiveSpan, NoOpSpan
 from mlflow.entities.span import NO_OP_SPAN_TRACE_ID
 from mlflow.environment_variables import MLFLOW_EXPERIMENT_ID, MLFLOW_EXPERIMENT_NAME
 from mlflow.exceptions import MlflowException
 from mlflow.tracing.client import TracingClient
+from mlflow.tracing.context import _USER_TRACE_CONTEXT
 from mlflow.tracing.provider import (
     _MLFLOW_TRACE_USER_DESTINATION,
     _get_tracer,
@@ -31,7 +32,8 @@ from mlflow.tracing.provider import (
 )
 from mlflow.tracking import fluent
 
-from tlm_tracing import _exporter, _outbox, _threads, _tracking
+from tlm_tracing import _exporter, _live, _outbox, _threads, _tracking
+from tlm_tracing._light import LightSpan
 
 _logger = logging.getLogger("tlm_tracing")
 
@@ -96,7 +98,7 @@ class LaterSpan:
         """Whether its trace is whole, and takes no further span."""
         return not self._root._open
 
-    def become(self, parent: LiveSpan | None = None) -> None:
+    def become(self, parent: LiveSpan | NoOpSpan | None = None) -> None:
         """Make the span, and those inside it, MLflow's."""
         span = start(self._name, self._kind, parent, self.start_time_ns)
         for name, args, kwargs in self._told:
@@ -278,7 +280,10 @@ def wait() -> bool:
 
 
 def start(
-    name: str, kind: str, parent: LiveSpan | None, start_time_ns: int | None = None
+    name: str,
+    kind: str,
+    parent: LiveSpan | NoOpSpan | None,
+    start_time_ns: int | None = None,
 ) -> LiveSpan:
     """Start a span of MLflow's, which is ready."""
     experiment_id = None
@@ -287,13 +292,30 @@ def start(
     span = mlflow.start_span_no_context(
         name,
         span_type=kind,
-        parent_span=parent,
+        parent_span=parent,  # type: ignore[arg-type] # a NoOpSpan has children of its kind
         experiment_id=experiment_id,
         start_time_ns=start_time_ns,
     )
     if parent is None:
         _exporter.adopt()
     return span
+
+
+def start_light(name: str, kind: str) -> LightSpan | NoOpSpan | None:
+    """Start a light span where :func:`start` would start a live one, of MLflow's, which is ready.
+
+    Returns:
+        The span; one that does nothing if the trace is not sampled, None if it has to be live.
+    """
+    alone, told = _exporter.alone(), _USER_TRACE_CONTEXT.get()
+    if alone is None or (told is not None and told.enabled is False):
+        return None
+    if not _is_inside_another():
+        return _live.start_trace(name, kind, *alone, _start.experiment_id())
+    parent = mlflow.get_current_active_span()
+    if not isinstance(parent, LiveSpan):
+        return None
+    return _live.start_light(name, kind, parent, processor=alone[0])
 
 
 def _is_inside_another() -> bool:

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any, TypeAlias
 
 import mlflow
-from mlflow.entities import LiveSpan, Span, SpanEvent, SpanStatus, SpanStatusCode
+from mlflow.entities import LiveSpan, NoOpSpan, Span, SpanEvent, SpanStatus, SpanStatusCode
 from mlflow.tracing.client import TracingClient
 from mlflow.tracing.provider import (
     detach_span_from_context,
@@ -48,10 +48,7 @@ EVALS = "tlm.evals."
 QUERY, CONTEXT = "tlm.query", "tlm.context"
 """Of a call that was not scored when it was made: what it is to be scored by."""
 
-OpenSpan: TypeAlias = LiveSpan | _ready.LaterSpan
-"""One that others can be inside of."""
-
-AnySpan: TypeAlias = OpenSpan | LightSpan
+AnySpan: TypeAlias = LiveSpan | NoOpSpan | LightSpan | _ready.LaterSpan
 
 
 class _Record:
@@ -62,11 +59,13 @@ class _Record:
         span_id: Its id.
     """
 
-    def __init__(self, name: str, config: Config, kind: str = "CHAIN") -> None:
+    def __init__(
+        self, name: str, config: Config, kind: str = "CHAIN", *, becomes_active: bool = False
+    ) -> None:
         _outbox.called()
         self._visible = visible(config)
         self._captures = config.capture_content
-        self._span = _start(name, kind)
+        self._span = _start(name, kind, becomes_active)
         live = self._span.trace_id != _NO_OP_TRACE_ID
         self.trace_id: str | None = self._span.trace_id if live else None
         self.span_id: str | None = self._span.span_id if live else None
@@ -102,7 +101,9 @@ class _Record:
         """Make this the active span in the current context; gives the way back."""
         if isinstance(self._span, _ready.LaterSpan):
             return (_ready.activate(self._span),)
-        return None if self.trace_id is None else set_span_in_context(self._span)
+        if self.trace_id is None or isinstance(self._span, LightSpan):
+            return None
+        return set_span_in_context(self._span)
 
     def deactivate(self, token: Any) -> None:
         """Undo :meth:`activate`."""
@@ -162,7 +163,9 @@ class CallRecord(_Record):
             config: The settings in force.
         """
         model = str(request.get("model") or "")
-        super().__init__(f"{endpoint.VERB} {model}".strip(), config)
+        # A fallback's own calls are inside of this one.
+        may_retry = callable(config.on_low)
+        super().__init__(f"{endpoint.VERB} {model}".strip(), config, becomes_active=may_retry)
         self._endpoint = endpoint
         self._llm = start_inside(f"openai.{endpoint.NAME}", "CHAT_MODEL", self._span)
         self._scoring: AnySpan | None = None
@@ -376,7 +379,7 @@ class BlockRecord(_Record):
     """The span of a trusted function call or block."""
 
     def __init__(self, name: str, inputs: Any, config: Config) -> None:
-        super().__init__(name, config)
+        super().__init__(name, config, becomes_active=True)
         if inputs is not None:
             self.inputs(inputs)
 
@@ -444,7 +447,7 @@ def _detach(token: Any) -> None:
 
 
 def start_inside(
-    name: str, kind: str, parent: OpenSpan, start_time_ns: int | None = None
+    name: str, kind: str, parent: AnySpan, start_time_ns: int | None = None
 ) -> AnySpan:
     """Start a span in another; nothing will be inside of it.
 
@@ -456,18 +459,19 @@ def start_inside(
     """
     if isinstance(parent, _ready.LaterSpan):
         return _ready.LaterSpan(name, kind, parent, start_time_ns)
-    if isinstance(parent, LiveSpan) and _exporter.is_alone():
+    if isinstance(parent, LightSpan) or (isinstance(parent, LiveSpan) and _exporter.alone()):
         return _live.start_light(name, kind, parent, start_time_ns)
     return _ready.start(name, kind, parent, start_time_ns)
 
 
-def _start(name: str, kind: str) -> OpenSpan:
+def _start(name: str, kind: str, becomes_active: bool) -> AnySpan:
     if (parent := _ready.current()) is not None:
         return _ready.LaterSpan(name, kind, parent)
     if not _ready.wait():
         return _ready.LaterSpan(name, kind, None)
     if not _active_span_has_ended():
-        return _ready.start(name, kind, None)
+        light = None if becomes_active else _ready.start_light(name, kind)
+        return light or _ready.start(name, kind, None)
     # The active span belongs to a block that is over, such as a task that outlived it:
     # a child of it would be lost with the trace that MLflow has already let go.
     context = contextvars.copy_context()

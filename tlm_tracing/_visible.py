@@ -23,6 +23,7 @@ _CREDENTIAL = "[not recorded: a credential]"
 _DEEPEST = 50
 _LONGEST_NAME = 64
 _CONTAINERS = (Mapping, list, tuple)
+_NUMBERS = frozenset({int, float, bool, type(None)})
 _SHAPE_WORDS = frozenset(
     {
         "role",
@@ -156,14 +157,20 @@ def _storable(
     if _is_endless(value, above):
         return _ENDLESS
     above = (*above, value)
-    if isinstance(value, Mapping):
+    if type(value) is dict or isinstance(value, Mapping):
         fields = _open(value)
-        return {
-            _encodable(str(key)): _storable(
-                item, above, _Place(place.key, str(key), fields), opaque=opaque
-            )
-            for key, item in fields.items()
-        }
+        within = place.key
+        found = {}
+        for key, item in fields.items():
+            name = str(key)
+            if type(item) in _NUMBERS:
+                seen = item
+            elif type(item) is str and within not in _HEADERS and _meaning(name) is None:
+                seen = _words(item)  # as most are: for what it costs, not for what it gives
+            else:
+                seen = _storable(item, above, _Place(within, name, fields), opaque=opaque)
+            found[_encodable(name)] = seen
+        return found
     if isinstance(value, (list, tuple)):
         return [_storable(item, above, place, opaque=opaque) for item in value]
     inside = _inside(value)
@@ -187,16 +194,22 @@ def _inside(value: Any) -> Any:
 
 
 def _text(text: str, place: _Place) -> str:
-    text = _encodable(text)
     if not text:
         return text
-    meaning = _meaning(place.key[-_LONGEST_NAME:])
+    meaning = _meaning(place.key)
     if place.parent in _HEADERS or (meaning == "credential" and not _is_word(place)):
         return _CREDENTIAL
     if meaning == "data" and _is_data(place):
-        return _data(text, _media_type(place.around))
+        return _data(_encodable(text), _media_type(place.around))
     if meaning == "url":
+        text = _encodable(text)
         return _data(text) if text[:5].lower() == "data:" else _redacted.address(text)
+    return _words(text)
+
+
+def _words(text: str) -> str:
+    """A text that is nothing but one."""
+    text = _encodable(text)
     return _DATA_URL.sub(lambda found: _data(found[0]), text) if "64," in text else text
 
 
@@ -205,9 +218,13 @@ def _encodable(text: str) -> str:
     return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
 
 
-@functools.lru_cache(maxsize=4096)
 def _meaning(key: str) -> str | None:
     """What is to be expected under a key, by its name."""
+    return _known_meaning(key if len(key) <= _LONGEST_NAME else key[-_LONGEST_NAME:])
+
+
+@functools.lru_cache(maxsize=4096)
+def _known_meaning(key: str) -> str | None:
     key = key.lower().replace("-", "_")
     if key in _DATA:
         return "data"
@@ -267,4 +284,9 @@ def _open(value: Mapping[Any, Any]) -> Mapping[Any, Any]:
 
 
 def _is_endless(value: Any, above: tuple[Any, ...]) -> bool:
-    return len(above) >= _DEEPEST or any(value is outer for outer in above)
+    if len(above) >= _DEEPEST:
+        return True
+    for outer in above:  # noqa: SIM110 - a generator costs more than all the rest
+        if value is outer:
+            return True
+    return False
