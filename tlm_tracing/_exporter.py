@@ -19,6 +19,7 @@ from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, TypeVar
 
 from mlflow.entities import Span, Trace, TraceData
+from mlflow.environment_variables import MLFLOW_HTTP_POOL_MAXSIZE
 from mlflow.protos.service_pb2 import StartTraceV3
 from mlflow.store.tracking.rest_store import RestStore
 from mlflow.tracing.config import get_config
@@ -233,7 +234,9 @@ def adopt() -> None:
         before, processor._batch_delegate = processor._batch_delegate, Batch(exporter)
         before.force_flush()
     exporter.__class__ = _Exporter
-    _outbox.start(is_server=str(exporter._client.tracking_uri).startswith("http"))
+    is_server = str(exporter._client.tracking_uri).startswith("http")
+    pool: Any = MLFLOW_HTTP_POOL_MAXSIZE
+    _outbox.start(pool.get() if is_server else None)
 
 
 def alone() -> tuple[Any, Any] | None:

@@ -24,6 +24,7 @@ from opentelemetry.trace import SpanContext, Status, TraceFlags
 _CONTENT = frozenset({SpanAttributeKey.INPUTS, SpanAttributeKey.OUTPUTS})
 _OK = SpanStatus(SpanStatusCode.OK)
 _SAMPLED = TraceFlags(TraceFlags.SAMPLED)
+_encoded = json.JSONEncoder(ensure_ascii=False).encode
 
 
 class LightSpan:
@@ -84,7 +85,7 @@ class LightSpan:
     def set_attribute(self, key: str, value: Any) -> None:
         """Tell something of it; a value that is not content is not changed by anyone later."""
         if key in _CONTENT:
-            self._written[key] = dump_span_attribute_value(value)
+            self._written[key] = _stored(value)
         else:
             self._told[key] = value
 
@@ -141,7 +142,7 @@ class LightSpan:
             SpanAttributeKey.LOG_LEVEL: int(default_log_level_for_span_type(self.span_type)),
             **self._told,
         }
-        written = {key: dump_span_attribute_value(value) for key, value in attributes.items()}
+        written = {key: _stored(value) for key, value in attributes.items()}
         parent = self._span.parent
         span = ReadableSpan(
             self.name,
@@ -194,6 +195,14 @@ class _AsRead:
             **{key: json.dumps(value) for key, value in own.items() if value},
             **light._written,
         }
+
+
+def _stored(value: Any) -> str:
+    """A value as MLflow stores it; most are plain data, for which its own way is a detour."""
+    try:
+        return _encoded(value)
+    except (TypeError, ValueError):
+        return dump_span_attribute_value(value)
 
 
 def _new_id(size: int) -> int:

@@ -28,11 +28,14 @@ _logger = logging.getLogger("tlm_tracing")
 
 _MOST = 10_000
 # Threads that write: to a database of our own, where they wait for each other, and to a server,
-# where they wait for the network more than they work.
+# where they wait for the network more than they work. Some connections are left to others, or
+# urllib3 would warn of each that is one too many.
 _WRITERS = 4
 _WRITERS_TO_A_SERVER = 16
+_CONNECTIONS_LEFT = 2
 # Enough to share what a request costs, few enough for a fork or the end to wait for.
 _TOGETHER = 20
+_FEW = 5
 # What waits longer, or is more, is written as fast as it goes. Until then a writer rests up to
 # so many times as long as it has written.
 _PATIENT_FOR = 20.0
@@ -163,9 +166,12 @@ class _Outbox:
     def _push(self, parcel: Parcel, due: float) -> None:
         heapq.heappush(self._later, (due, next(self._numbers), parcel))
 
-    def start(self, *, is_server: bool) -> None:
+    def start(self, connections: int | None) -> None:
         with self.work:
-            self._most_writers = _WRITERS_TO_A_SERVER if is_server else _WRITERS
+            self._most_writers = _WRITERS
+            if connections is not None:
+                usable = max(1, connections - _CONNECTIONS_LEFT)
+                self._most_writers = min(_WRITERS_TO_A_SERVER, usable)
             if not self._writers:
                 self._start_writer()
 
@@ -238,7 +244,8 @@ class _Outbox:
     def _taken(self) -> list[Parcel]:
         """The first that is due, and others that can be written with it."""
         # Of little no writer takes so much that the others have nothing to do.
-        most = min(_TOGETHER, math.ceil(len(self._due) / self._most_writers))
+        share = math.ceil(len(self._due) / self._most_writers)
+        most = min(_TOGETHER, max(_FEW, share))
         first = self._due.popleft()
         taken = [first]
         if first.write_all is not None:
@@ -489,13 +496,13 @@ def wait_for(parcel: Parcel, patience: float | None = None) -> None:
     _outbox.wait_for(parcel, patience)
 
 
-def start(*, is_server: bool) -> None:
+def start(connections: int | None) -> None:
     """Have a thread that writes while threads can be started.
 
     Args:
-        is_server: Whether what is written goes to a server, by HTTP.
+        connections: How many are kept to a server; None for a database of our own.
     """
-    _outbox.start(is_server=is_server)
+    _outbox.start(connections)
 
 
 def flush(timeout: float | None = _FLUSH) -> bool:

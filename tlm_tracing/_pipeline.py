@@ -397,16 +397,22 @@ class Call:
         return on_low(completion, self.trust) if callable(on_low) else completion  # type: ignore[arg-type]
 
     def _handed_over(self, completion: Any, verdict: Verdict) -> Any:
+        decision = _Decision(completion)
         action = self._noted(completion, verdict)
-        with self._deciding(completion, action) as decision:
-            if action == "replaced":
+        if action != "replaced":
+            self._conclude(self.answer, action)
+        else:
+            with self._replacing(decision):
                 decision.given = self._fallback(completion)
         return self._given(decision.given, action, verdict)
 
     async def _ahanded_over(self, completion: Any, verdict: Verdict) -> Any:
+        decision = _Decision(completion)
         action = self._noted(completion, verdict)
-        with self._deciding(completion, action) as decision:
-            if action == "replaced":
+        if action != "replaced":
+            self._conclude(self.answer, action)
+        else:
+            with self._replacing(decision):
                 given = self._fallback(completion)
                 decision.given = await given if inspect.isawaitable(given) else given
         return self._given(decision.given, action, verdict)
@@ -443,20 +449,20 @@ class Call:
                     signed.tlm_metadata["replacement"] = replacement[0]
 
     @contextlib.contextmanager
-    def _deciding(self, completion: Any, action: str | None) -> Iterator[_Decision]:
-        decision = _Decision(completion)
+    def _replacing(self, decision: _Decision) -> Iterator[None]:
+        """The answer is low, and a fallback is asked for another."""
         output = self.answer
-        self._action = action
         try:
-            if action == "replaced":
-                with self._retrying():
-                    yield decision
-                output = _shown(decision.given)
-            else:
-                yield decision
+            with self._retrying():
+                yield
+            output = _shown(decision.given)
         finally:
-            with guarded("closing a call", self._record.abandon):
-                self._close(output, action)
+            self._conclude(output, "replaced")
+
+    def _conclude(self, output: Any, action: str | None) -> None:
+        self._action = action
+        with guarded("closing a call", self._record.abandon):
+            self._close(output, action)
 
     @contextlib.contextmanager
     def _retrying(self) -> Iterator[None]:

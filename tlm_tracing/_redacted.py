@@ -71,13 +71,19 @@ def learn(values: Iterable[object]) -> None:
     """
     for value in values:
         if isinstance(value, str):
-            for part in (value.strip(), *re.split(r"[\s;,=\"]+", value)):
-                if len(part) >= _SHORTEST:
-                    _known.pop(part, None)
-                    _known[part] = None
+            for part in _parts(value):
+                _known.pop(part, None)
+                _known[part] = None
     with contextlib.suppress(StopIteration, RuntimeError):  # another thread was faster
         while len(_known) > _MOST_KNOWN:
             _known.pop(next(iter(_known)), None)
+
+
+@functools.lru_cache(maxsize=_MOST_KNOWN)
+def _parts(value: str) -> tuple[str, ...]:
+    """What of a value is to be taken out of texts: all of it, and each part."""
+    parts = (value.strip(), *re.split(r"[\s;,=\"]+", value))
+    return tuple(part for part in parts if len(part) >= _SHORTEST)
 
 
 def learn_from(source: Callable[[], Iterable[str]]) -> None:
