@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import random
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -55,15 +56,14 @@ class LightSpan:
         """
         self.name = name
         self.span_type = kind
-        self._number = _new_id(8)
+        self._number = _new_id(64)
         self.span_id = f"{self._number:016x}"
         self.trace_id = ""
         self.parent_id: str | None = None
         self.otel_trace_id = 0
         self._around: Any = None
         if parent is None:
-            # Not of Python's own random numbers, which users set back to get the same again.
-            self.otel_trace_id = _new_id(16)
+            self.otel_trace_id = _new_id(128)
         else:
             self.belong(parent.trace_id)
             self.parent_id = parent.span_id
@@ -205,5 +205,11 @@ def _stored(value: Any) -> str:
         return dump_span_attribute_value(value)
 
 
-def _new_id(size: int) -> int:
-    return int.from_bytes(os.urandom(size), "big") or 1
+def _new_id(bits: int) -> int:
+    return _random.getrandbits(bits) or 1
+
+
+# Our own: users set Python's back to get the same numbers again.
+_random = random.Random()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_random.seed)

@@ -14,10 +14,12 @@ from typing import Any
 import mlflow
 from mlflow.entities import LiveSpan, NoOpSpan
 from mlflow.tracing.constant import SpanAttributeKey
-from mlflow.tracing.provider import get_current_context
 from mlflow.tracing.trace_manager import InMemoryTraceManager
+from opentelemetry.context import Context
 
 from tlm_tracing._light import LightSpan
+
+_NOWHERE = Context()
 
 
 def held(trace_id: str) -> AbstractContextManager[Any]:
@@ -50,11 +52,9 @@ def may_be_lost(span: Any, *, whole: bool) -> bool:
     the first batch that it exports after that, and may not have put the last spans into it.
 
     Args:
-        span: One that has just ended.
+        span: One that has just ended, and is no root.
         whole: Whether all spans of a trace are written with it, in a batch or not.
     """
-    if span.parent_id is None:
-        return False
     with held(span.trace_id) as trace:
         if trace is None or whole:
             return trace is None
@@ -99,7 +99,7 @@ def start_trace(
         The span; one that does nothing if the trace is not sampled, None if there can't be one.
     """
     span = LightSpan(name, kind, None, processor=processor, resource=tracers.resource)
-    sampled = tracers.sampler.should_sample(get_current_context(), span.otel_trace_id, name)
+    sampled = tracers.sampler.should_sample(_NOWHERE, span.otel_trace_id, name)
     if not sampled.decision.is_sampled():
         return NoOpSpan()  # type: ignore[no-untyped-call]
     if experiment_id is not None:

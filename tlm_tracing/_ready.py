@@ -287,7 +287,7 @@ def start(
 ) -> LiveSpan:
     """Start a span of MLflow's, which is ready."""
     experiment_id = None
-    if parent is None and not _is_inside_another():
+    if parent is None and not _is_span(get_current_otel_span()):
         experiment_id = _start.experiment_id()
     span = mlflow.start_span_no_context(
         name,
@@ -301,8 +301,13 @@ def start(
     return span
 
 
-def start_light(name: str, kind: str) -> LightSpan | NoOpSpan | None:
+def start_light(name: str, kind: str, active: Any) -> LightSpan | NoOpSpan | None:
     """Start a light span where :func:`start` would start a live one, of MLflow's, which is ready.
+
+    Args:
+        name: Its name.
+        kind: Its type, as MLflow has it.
+        active: OpenTelemetry's active span.
 
     Returns:
         The span; one that does nothing if the trace is not sampled, None if it has to be live.
@@ -310,7 +315,7 @@ def start_light(name: str, kind: str) -> LightSpan | NoOpSpan | None:
     alone, told = _exporter.alone(), _USER_TRACE_CONTEXT.get()
     if alone is None or (told is not None and told.enabled is False):
         return None
-    if not _is_inside_another():
+    if not _is_span(active):
         return _live.start_trace(name, kind, *alone, _start.experiment_id())
     parent = mlflow.get_current_active_span()
     if not isinstance(parent, LiveSpan):
@@ -318,8 +323,7 @@ def start_light(name: str, kind: str) -> LightSpan | NoOpSpan | None:
     return _live.start_light(name, kind, parent, processor=alone[0])
 
 
-def _is_inside_another() -> bool:
-    active: Any = get_current_otel_span()
+def _is_span(active: Any) -> bool:
     context = active and active.get_span_context()
     return context is not None and context.is_valid
 

@@ -136,7 +136,7 @@ class _Record:
         for span in spans:
             if span.end_time_ns is None:
                 span.end()
-        if self._experiment_id is None:
+        if self._experiment_id is None or self._span.parent_id is None:
             return
         if _live.may_be_lost(self._span, whole=_exporter.is_adopted()):
             whole = [span.to_immutable_span() for span in spans]
@@ -469,8 +469,10 @@ def _start(name: str, kind: str, becomes_active: bool) -> AnySpan:
         return _ready.LaterSpan(name, kind, parent)
     if not _ready.wait():
         return _ready.LaterSpan(name, kind, None)
-    if not _active_span_has_ended():
-        light = None if becomes_active else _ready.start_light(name, kind)
+    # Not mlflow.get_current_active_span: it knows no span whose trace has been written.
+    active = get_current_otel_span()
+    if getattr(active, "end_time", None) is None:
+        light = None if becomes_active else _ready.start_light(name, kind, active)
         return light or _ready.start(name, kind, None)
     # The active span belongs to a block that is over, such as a task that outlived it:
     # a child of it would be lost with the trace that MLflow has already let go.
@@ -496,11 +498,6 @@ def _store_late(experiment_id: str, spans: list[Span]) -> bool:
             return False
         _tracking.log_spans(client, experiment_id, spans)
     return True
-
-
-def _active_span_has_ended() -> bool:
-    # Not mlflow.get_current_active_span: it knows no span whose trace has been written.
-    return getattr(get_current_otel_span(), "end_time", None) is not None
 
 
 def texts(

@@ -17,7 +17,7 @@ import os
 import threading
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -81,6 +81,7 @@ class _Runtime:
         self.asked = 0
         self.pending = 0
         self.following: set[Future[Verdict]] = set()
+        self.tasks: set[asyncio.Future[None]] = set()
         self.scored = 0
         self.dropped = 0
         self.seconds = 0.0
@@ -96,6 +97,12 @@ class _Runtime:
                 self.ending = self._loop.create_future()
                 self.chores.start()
             return self._loop
+
+    def settle(self, settling: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Settle a score; runs on the scoring loop, in the context that is to be the score's."""
+        task = asyncio.ensure_future(settling())
+        self.tasks.add(task)  # the loop itself would not keep it
+        task.add_done_callback(self.tasks.discard)
 
     def breaker(self, scorer: Scorer) -> Breaker:
         """The scorer's own breaker; runs on the scoring loop."""
@@ -142,8 +149,8 @@ def submit(find: Find, ask: Ask, config: Config) -> Future[Verdict]:
     # timer that was cancelled keeps its context until its time has come.
     context = contextvars.copy_context()
     context.run(_scope.forget)
-    asking = _settle(find, ask, config, verdict)
-    context.run(asyncio.run_coroutine_threadsafe, asking, loop)
+    settling = functools.partial(_settle, find, ask, config, verdict)
+    loop.call_soon_threadsafe(_runtime.settle, settling, context=context)
     return verdict
 
 
