@@ -215,6 +215,17 @@ def test_many_scores_are_waited_for_at_the_end(start, sandbox, kept):
 
 
 @pytest.mark.long
+def test_a_burst_is_written_when_a_program_ends(start, kept):
+    """Though that takes longer than a process that is told to end is given."""
+    burst = "with ThreadPoolExecutor(8) as pool:\n    list(pool.map(ask, range(1000)))"
+    application = start(burst, mode="off")
+    status, seconds, _ = application.end()
+    assert status == 0, application.stderr
+    assert "could not be delivered" not in application.stderr
+    assert kept() == [(number, "off") for number in range(1000)], seconds
+
+
+@pytest.mark.long
 def test_a_scorer_that_hangs_holds_an_exit_up_for_a_bounded_time(start, sandbox, kept):
     sandbox.default("tlm", hang=True)
     application = start("for number in range(4): ask(number)\nsay('called')")

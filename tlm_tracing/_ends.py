@@ -66,7 +66,7 @@ def _on_sigterm(number: int, frame: FrameType | None) -> None:
 
     def die() -> None:
         try:
-            _wind_up()
+            _wind_up(is_killed=True)
         finally:
             os.kill(os.getpid(), signal.SIGTERM)
 
@@ -75,18 +75,18 @@ def _on_sigterm(number: int, frame: FrameType | None) -> None:
 
 def _see_out() -> None:
     threading.main_thread().join()
-    _wind_up()
+    _wind_up(is_killed=False)
     _scoring.close_scorers()
 
 
-def _wind_up() -> None:
+def _wind_up(*, is_killed: bool) -> None:
     """Settle the last scores, and write all that is left."""
     for last_chore in list(_last_chores):
         last_chore()
     if not _scoring.drain(_EXIT_GRACE):
         _scoring.give_up()
         _scoring.drain(_LAST_WORDS)
-    _outbox.end()
+    _outbox.end(is_killed=is_killed)
     _ready.flush(_LAST_WORDS if _ready.last_error() else _START_GRACE)
     _record.flush()
     _outbox.flush()

@@ -10,6 +10,7 @@ Source: ``mlflow.tracing.export.mlflow_v3`` of MLflow 3.15 to 3.17.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import sys
 import threading
@@ -18,11 +19,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, TypeVar
 
-from mlflow.entities import Span, Trace, TraceData
+from mlflow.entities import Span, Trace, TraceData, TraceInfo
 from mlflow.environment_variables import MLFLOW_HTTP_POOL_MAXSIZE
 from mlflow.protos.service_pb2 import StartTraceV3
 from mlflow.store.tracking.rest_store import RestStore
 from mlflow.tracing.config import get_config
+from mlflow.tracing.display.display_handler import is_trace_ui_available
 from mlflow.tracing.export.async_export_queue import AsyncTraceExportQueue
 from mlflow.tracing.export.mlflow_v3 import MlflowV3SpanExporter
 from mlflow.tracing.export.utils import try_link_prompts_to_trace
@@ -30,6 +32,7 @@ from mlflow.tracing.processor.mlflow_v3 import MlflowV3SpanProcessor
 from mlflow.tracing.provider import _get_span_processor, _get_trace_exporter, provider
 from mlflow.tracing.trace_manager import InMemoryTraceManager
 from mlflow.tracing.utils import add_size_stats_to_trace_metadata
+from mlflow.utils.databricks_utils import is_in_databricks_model_serving_environment
 from mlflow.utils.proto_json_utils import message_to_json
 from mlflow.utils.rest_utils import (
     _V3_TRACE_REST_API_PATH_PREFIX,
@@ -57,13 +60,23 @@ class _Exporter(MlflowV3SpanExporter):
     # By trace id, what is not written yet: of open traces, and of those that have ended.
     _parts: weakref.WeakValueDictionary[str, _outbox.Parcel]
     _wholes: weakref.WeakValueDictionary[str, _outbox.Parcel]
+    # Whether each trace is seen as it ends.
+    _is_shown = False
 
     def export(self, spans: Any) -> Any:
         with _outbox.busy():  # it looks for IPython each time
+            self._is_shown = _is_shown(self._display_handler)
             # Whole traces first: what is left then belongs to traces that are still open.
             self._export_traces(spans)
             if self._store_supports_log_spans:
                 self._export_spans_incrementally(spans)
+
+    def _do_export_trace(self, manager: Any, span: Any) -> None:
+        held = None if self._is_shown else _live.take(span.context.trace_id)
+        if held is None:
+            super()._do_export_trace(manager, span)
+        else:
+            self._post(_Whole(held.info, held.to_mlflow_trace, held.prompts, held.workspace))
 
     def _should_log_async(self) -> bool:
         return False  # so that what is to be written comes here, not into MLflow's queue
@@ -88,9 +101,12 @@ class _Exporter(MlflowV3SpanExporter):
     def _log_trace(
         self, trace: Trace, prompts: Sequence[Any], workspace: str | None = None
     ) -> None:
-        self._taken_back(trace.info.trace_id)
-        parcel = _outbox.post_together(self._write_traces, _Whole(trace, prompts, workspace))
-        self._wholes[trace.info.trace_id] = parcel
+        self._post(_Whole(trace.info, lambda: trace, prompts, workspace))
+
+    def _post(self, whole: _Whole) -> None:
+        self._taken_back(whole.info.trace_id)
+        parcel = _outbox.post_together(self._write_traces, whole)
+        self._wholes[whole.info.trace_id] = parcel
         if _live.is_evaluated():
             _outbox.wait_for(parcel, _FOR_EVALUATION)
         elif not super()._should_log_async():
@@ -143,7 +159,7 @@ class _Exporter(MlflowV3SpanExporter):
                 )
 
     def _write_rest(self, whole: _Whole) -> None:
-        trace, trace_id = whole.trace, whole.trace.info.trace_id
+        trace, trace_id = whole.trace, whole.info.trace_id
         attachments: dict[str, Any] = {}
         for span in trace.data.spans:
             attachments.update(getattr(span, "_attachments", None) or {})
@@ -166,17 +182,48 @@ class _Part(NamedTuple):
     workspace: str | None
 
 
-class _Whole(NamedTuple):
-    """A trace that has ended."""
+class _Whole:
+    """A trace that has ended.
 
-    trace: Trace
-    prompts: Sequence[Any]
-    workspace: str | None
+    Attributes:
+        info: What is told of it beside its spans.
+        prompts: Those that it used.
+        workspace: Where it belongs, if there are several.
+    """
+
+    def __init__(
+        self,
+        info: TraceInfo,
+        make: Callable[[], Trace],
+        prompts: Sequence[Any],
+        workspace: str | None,
+    ) -> None:
+        self.info = info
+        self.prompts = prompts
+        self.workspace = workspace
+        self._make = make
+
+    @functools.cached_property
+    def trace(self) -> Trace:
+        """As it is written, of which nothing is made before: the application may be at work."""
+        return self._make()
 
     @property
     def spans(self) -> tuple[str, list[Span]]:
         """Where they belong, and all of its spans."""
-        return str(self.trace.info.experiment_id), self.trace.data.spans
+        return str(self.info.experiment_id), self.trace.data.spans
+
+    def add(self, spans: Iterable[Span]) -> None:
+        """Have it hold these, too, or in the place of those with the same ids."""
+        known = self.trace.data.spans
+        known[:] = {span.span_id: span for span in (*known, *spans)}.values()
+
+
+def _is_shown(display: Any) -> bool:
+    """Whether somebody sees each trace as it ends: a notebook, or a model server."""
+    ui: Any = is_trace_ui_available
+    serving: Any = is_in_databricks_model_serving_environment
+    return bool((not display.disabled and ui()) or serving())
 
 
 T = TypeVar("T")
@@ -263,7 +310,7 @@ def is_adopted() -> bool:
 
 @contextlib.contextmanager
 def kept(trace_id: str) -> Iterator[Any]:
-    """Enter to have a trace that has ended, and its spans, before it is written.
+    """Enter to have a trace that has ended, with its info, before it is written.
 
     Nobody writes it meanwhile; None if it is written, or just being so.
     """
@@ -273,7 +320,7 @@ def kept(trace_id: str) -> Iterator[Any]:
         yield None
         return
     with _outbox.waiting(parcel) as whole:
-        yield None if whole is None else whole.trace
+        yield whole
 
 
 def is_being_written(trace_id: str) -> bool:

@@ -13,13 +13,14 @@ from typing import Any
 
 import mlflow
 from mlflow.entities import LiveSpan, NoOpSpan
-from mlflow.tracing.constant import SpanAttributeKey
+from mlflow.tracing.constant import SpanAttributeKey, TraceTagKey
 from mlflow.tracing.trace_manager import InMemoryTraceManager
 from opentelemetry.context import Context
 
 from tlm_tracing._light import LightSpan
 
 _NOWHERE = Context()
+_EVALUATED = TraceTagKey.EVAL_REQUEST_ID
 
 
 def held(trace_id: str) -> AbstractContextManager[Any]:
@@ -60,6 +61,21 @@ def may_be_lost(span: Any, *, whole: bool) -> bool:
             return trace is None
         root = trace.get_root_span()
         return root is not None and root.end_time_ns is not None
+
+
+def take(otel_trace_id: int) -> Any:
+    """Have MLflow forget a trace that has ended; gives it as MLflow has it, without work.
+
+    None for one that MLflow has to see to: of an evaluation, or with a root elsewhere.
+    """
+    manager = _manager()
+    with manager._lock:
+        trace_id = manager.get_mlflow_trace_id_from_otel_id(otel_trace_id)
+        trace = manager._traces.get(trace_id)
+        if trace is None or trace.is_remote_trace or _EVALUATED in trace.info.tags:
+            return None
+        manager._otel_id_to_mlflow_trace_id.pop(otel_trace_id)
+        return manager._traces.pop(trace_id)
 
 
 def start_light(

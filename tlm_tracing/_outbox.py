@@ -39,7 +39,7 @@ _FEW = 5
 # What waits longer, or is more, is written as fast as it goes. Until then a writer rests up to
 # so many times as long as it has written.
 _PATIENT_FOR = 20.0
-_PATIENT_UP_TO = 5_000
+_PATIENT_UP_TO = 8_000
 _REST = 3.0
 _LONGEST_REST = 1.0
 # A call so long ago means that the application makes some.
@@ -55,9 +55,13 @@ _IMPATIENT = 60.0
 # A write during which the process forks would leave the child's database locked, an import
 # the module.
 _BEFORE_FORK = 2.0
-# At the end of the process: for all of it, and with a store that is away.
-_LAST_FLUSH = 10.0
+# At the end of the process: for all of it, for all of it if the process is told to end, while
+# nothing is written, and with a store that is away.
+_LAST_FLUSH = 60.0
+_LAST_FLUSH_IF_KILLED = 10.0
+_LONGEST_SILENCE = 10.0
 _LAST_WORD = 3.0
+_SAY_SO = 5.0
 
 Write = Callable[[], bool]
 """Writes something; gives False if it can't be written yet. Exceptions are the store's."""
@@ -239,7 +243,8 @@ class _Outbox:
         if self._flushes or self.until is not None or now - self.last_call > _BUSY_FOR:
             return 1.0
         waited = (now - self._due[0].posted) / _PATIENT_FOR if self._due else 0.0
-        return min(1.0, max(waited, self.unwritten / _PATIENT_UP_TO, 1 / self._most_writers))
+        pressing = max(waited, self.unwritten / _PATIENT_UP_TO)
+        return min(1.0, max(pressing**2, 1 / self._most_writers))
 
     def _taken(self) -> list[Parcel]:
         """The first that is due, and others that can be written with it."""
@@ -416,14 +421,23 @@ class _Outbox:
 
     def _is_in_vain(self) -> bool:
         now = time.monotonic()
+        if self.until is not None and now - self._ended > _SAY_SO:
+            self._say_once(
+                "ending",
+                f"{self.unwritten} traces and scores are still to be written; the process waits "
+                f"for that up to {max(0.0, self.until - now):.0f} more seconds.",
+            )
         over = self.until is not None and now >= self.until
-        return over or (self.is_away and now - max(self._last_success, self._ended) > _LAST_WORD)
+        silence = now - max(self._last_success, self._ended)
+        return over or silence > (_LAST_WORD if self.is_away else _LONGEST_SILENCE)
 
-    def end(self) -> None:
+    def end(self, *, is_killed: bool) -> None:
         with self.work:
             if self.until is None:
                 self._ended = time.monotonic()
                 self.until = self._ended + _LAST_FLUSH
+            if is_killed:
+                self.until = min(self.until, time.monotonic() + _LAST_FLUSH_IF_KILLED)
 
 
 def _written(parcels: list[Parcel]) -> bool:
@@ -518,12 +532,15 @@ def flush(timeout: float | None = _FLUSH) -> bool:
     return _outbox.flush(timeout)
 
 
-def end() -> None:
-    """The process is about to end: from now on all flushes together take 10 seconds at most.
+def end(*, is_killed: bool) -> None:
+    """The process is about to end: from now on all flushes together take 60 seconds at most.
 
-    If the store is away, they take 3.
+    They take 10 while nothing can be written, 3 if the store is away.
+
+    Args:
+        is_killed: Whether it is told to, by a signal; they take 10 seconds then.
     """
-    _outbox.end()
+    _outbox.end(is_killed=is_killed)
 
 
 def dropped() -> int:

@@ -341,8 +341,7 @@ class CallRecord(_Record):
         late = [Span.from_dict(told), self._scoring.to_immutable_span()]
         with _exporter.kept(self._span.trace_id) as trace:
             if trace is not None:
-                whole = {span.span_id: span for span in (*trace.data.spans, *late)}
-                trace.data.spans[:] = whole.values()
+                trace.add(late)
                 return
         _outbox.post(functools.partial(_store_late, self._experiment_id, late))
 
