@@ -1,8 +1,11 @@
 """Spans that nobody watches are light, and what is stored of them is what is of MLflow's own."""
 
+import asyncio
+import gc
 import re
 import threading
 import time
+import weakref
 
 import mlflow
 import openai
@@ -10,7 +13,7 @@ import pytest
 
 import tlm_tracing as tt
 from tlm_tracing._light import LightSpan
-from tlm_tracing.openai import OpenAI
+from tlm_tracing.openai import AsyncOpenAI, OpenAI
 from tlm_tracing.testing import FakeScorer
 
 QUESTION = [
@@ -249,3 +252,72 @@ def test_a_ratio_of_calls_is_sampled(monkeypatch, traces):
     finally:
         mlflow.tracing.reset()
     assert 30 <= len(found) <= 70
+
+
+def sync_call(**options):
+    return ask(**options)
+
+
+def async_call(**options):
+    async def call():
+        async with AsyncOpenAI() as client:
+            return await client.chat.completions.create(
+                model="gpt-4o", messages=QUESTION, **options
+            )
+
+    return asyncio.run(call())
+
+
+@pytest.mark.parametrize("call", [sync_call, async_call])
+@pytest.mark.parametrize("mode", ["off", "inline", "background"])
+def test_what_its_caller_drops_is_gone_at_once(mode, call):
+    """Nothing of ours makes a circle, for which a collection of all of MLflow has to be paid."""
+    tt.configure(scorer=lambda request, completion: 0.9, mode=mode)
+    call()
+    assert tt.flush(30)
+    gc.collect()
+    gc.disable()
+    try:
+        completion = call()
+        gone = threading.Event()
+        weakref.finalize(completion, gone.set)
+        assert tt.flush(30)
+        del completion
+        assert gone.wait(5)
+    finally:
+        gc.enable()
+
+
+def read_stream():
+    stream = ask(stream=True)
+    list(stream)
+    return stream
+
+
+def read_async_stream():
+    async def call():
+        async with AsyncOpenAI() as client:
+            stream = await client.chat.completions.create(
+                model="gpt-4o", messages=QUESTION, stream=True
+            )
+            async for _ in stream:
+                pass
+            return stream
+
+    return asyncio.run(call())
+
+
+@pytest.mark.parametrize("call", [read_stream, read_async_stream])
+def test_a_stream_that_its_caller_has_read_is_gone_at_once(call):
+    tt.configure(scorer=lambda request, completion: 0.9)
+    gc.collect()
+    gc.disable()
+    try:
+        stream = call()
+        gone = threading.Event()
+        weakref.finalize(stream, gone.set)
+        assert tt.flush(30)
+        del stream
+        assert gone.wait(5)
+    finally:
+        gc.enable()

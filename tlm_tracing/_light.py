@@ -6,7 +6,6 @@ may watch it meanwhile. Nobody does if none of ours is active, and our own expor
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import random
@@ -60,23 +59,25 @@ class LightSpan:
         self.span_id = f"{self._number:016x}"
         self.trace_id = ""
         self.parent_id: str | None = None
-        self.otel_trace_id = 0
-        self._around: Any = None
+        # Of what it is inside of no more is kept: there is to be no circle for the collector.
+        self.around: SpanContext | None = None
+        self.resource = resource
         if parent is None:
             self.otel_trace_id = _new_id(128)
         else:
+            seen: Any = parent._span
             self.belong(parent.trace_id)
             self.parent_id = parent.span_id
-            self._around = parent._span
-            self.otel_trace_id = self._around.context.trace_id
+            self.around = seen.context
+            self.resource = seen.resource
+            self.otel_trace_id = seen.context.trace_id
         self.start_time_ns = start_time_ns or time.time_ns()
         self.end_time_ns: int | None = None
         self.status = SpanStatus(SpanStatusCode.UNSET)
         self._processor = processor
-        self._resource = resource
         self._told: dict[str, Any] = {}
         self._written: dict[str, str] = {}
-        self._events: list[Event] = []
+        self._events: tuple[Event, ...] = ()
 
     def belong(self, trace_id: str) -> None:
         """Tell it MLflow's id of its trace."""
@@ -122,7 +123,7 @@ class LightSpan:
 
     def add_event(self, event: SpanEvent) -> None:
         """Note something that happened meanwhile."""
-        self._events.append(Event(event.name, event.attributes, event.timestamp))
+        self._events = (*self._events, Event(event.name, event.attributes, event.timestamp))
         if event.name == "exception":
             self._told.setdefault(SpanAttributeKey.LOG_LEVEL, int(SpanLogLevel.ERROR))
 
@@ -143,12 +144,12 @@ class LightSpan:
             **self._told,
         }
         written = {key: _stored(value) for key, value in attributes.items()}
-        parent = self._span.parent
+        around = self.around
         span = ReadableSpan(
             self.name,
             context=build_otel_context(self.otel_trace_id, self._number),
-            parent=parent and build_otel_context(parent.trace_id, parent.span_id),
-            resource=self._span.resource,
+            parent=around and build_otel_context(around.trace_id, around.span_id),
+            resource=self.resource,
             attributes={**written, **self._written},
             events=self._events,
             status=self.status.to_otel_status(),
@@ -157,7 +158,7 @@ class LightSpan:
         )
         return Span(span)
 
-    @functools.cached_property
+    @property
     def _span(self) -> _AsRead:
         return _AsRead(self)
 
@@ -172,10 +173,8 @@ class _AsRead:
         self.context = SpanContext(
             light.otel_trace_id, light._number, is_remote=False, trace_flags=_SAMPLED
         )
-        around = light._around
-        self.parent: SpanContext | None = None if around is None else around.context
-        self._parent = self.parent
-        self.resource = light._resource if around is None else around.resource
+        self.parent = self._parent = light.around
+        self.resource = light.resource
 
     @property
     def end_time(self) -> int | None:

@@ -339,9 +339,9 @@ class Call:
         )
         remember(completion, self)
 
-        def conclude() -> bool:
+        def conclude(verdict: Verdict) -> bool:
             with guarded("annotating a trace", self._record.abandon):
-                self._note(completion, asked.result())
+                self._note(completion, verdict)
                 self._close(self.answer, "flagged" if self._is_low() else None)
             trust = self.trust or Trust.unscored("scorer_error")
             settled.set_result(
@@ -349,7 +349,10 @@ class Call:
             )
             return True
 
-        asked.add_done_callback(lambda _: _scoring.later(conclude))
+        # Without what was asked in it: a future keeps its callbacks, and would be in a circle.
+        asked.add_done_callback(
+            lambda done: _scoring.later(functools.partial(conclude, done.result()))
+        )
 
     def _note(self, completion: Any, verdict: Verdict) -> None:
         """Write the verdict on the scoring span, the trace and the returned object."""

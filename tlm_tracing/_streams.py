@@ -185,28 +185,28 @@ class _Chunks:
     """A stream's chunks, by themselves or in loops; tells when a loop over them is left."""
 
     def __init__(self, stream: Any) -> None:
-        self._stream = stream
+        self._stream = weakref.ref(stream)  # which holds this
         self._chunks = _heard(stream)
 
     def __next__(self) -> Any:
         return next(self._chunks)
 
     def __iter__(self) -> Iterator[Any]:
-        return _Loop(self._chunks, getattr(self._stream, "_tlm_watch", None))
+        return _Loop(self._chunks, getattr(self._stream(), "_tlm_watch", None))
 
 
 class _AsyncChunks:
     """The async twin."""
 
     def __init__(self, stream: Any) -> None:
-        self._stream = stream
+        self._stream = weakref.ref(stream)
         self._chunks = _aheard(stream)
 
     def __anext__(self) -> Awaitable[Any]:
         return self._chunks.__anext__()
 
     def __aiter__(self) -> AsyncIterator[Any]:
-        return _AsyncLoop(self._chunks, getattr(self._stream, "_tlm_watch", None))
+        return _AsyncLoop(self._chunks, getattr(self._stream(), "_tlm_watch", None))
 
 
 class _LoopEnd:
