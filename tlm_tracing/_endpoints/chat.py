@@ -86,25 +86,25 @@ def kept(chunk: Any) -> Any:
     """
     try:
         choices = chunk.choices
-        if len(choices) == 1 and _tells_words_alone(chunk, choices[0]):
-            return choices[0].delta.content
+        if len(choices) == 1:
+            choice = choices[0]
+            delta = choice.delta
+            # Asked of each chunk, so without pydantic's properties for the same.
+            if (
+                delta.__pydantic_fields_set__ == _WORDS
+                and type(delta.content) is str
+                and choice.finish_reason is None
+                and choice.index == 0
+                and choice.logprobs is None
+                and not choice.__pydantic_extra__
+                and chunk.usage is None
+                and (not (more := chunk.__pydantic_extra__) or more.keys() == _PADDING)
+            ):
+                return delta.content
         is_call = any(choice.delta.tool_calls for choice in choices)
     except (AttributeError, TypeError):  # an odd shape
         return chunk
     return _dump(chunk) if is_call else chunk
-
-
-def _tells_words_alone(chunk: Any, choice: Any) -> bool:
-    return (
-        choice.delta.model_fields_set == _WORDS
-        and type(choice.delta.content) is str
-        and choice.finish_reason is None
-        and choice.index == 0
-        and choice.logprobs is None
-        and not choice.model_extra
-        and chunk.usage is None
-        and (not chunk.model_extra or chunk.model_extra.keys() == _PADDING)
-    )
 
 
 def is_token(chunk: Any) -> bool:
