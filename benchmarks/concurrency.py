@@ -50,12 +50,12 @@ from _measure import (
     take_turns,
     tell,
 )
-from _rivals import chosen, watch
+from _rivals import FROZEN, chosen, watch
 
 BARE = "bare"
-COMPARED = [BARE, "ours, recorded", "ours, background", "autolog"]
+COMPARED = [BARE, "ours, recorded", FROZEN, "ours, background", "autolog"]
 # The spans of a whole trace.
-SPANS = {"ours, recorded": 2, "ours, background": 3, "autolog": 1}
+SPANS = {"ours, recorded": 2, FROZEN: 2, "ours, background": 3, "autolog": 1}
 SCORED = "ours, background"
 TASKS, THREADS = 64, 32
 TICK = 0.005

@@ -43,7 +43,7 @@ from _measure import (
     take_turns,
     tell,
 )
-from _rivals import PACKAGES, WAYS, chosen, watch
+from _rivals import FROZEN, PACKAGES, WAYS, chosen, watch
 
 QUESTION = "What is the 3rd month of the year in alphabetical order?"
 ASK: dict[str, Any] = {
@@ -146,7 +146,8 @@ def _beside_autolog(goal: str, ours: float, theirs: float, most: float) -> Verdi
 
 def run(options: argparse.Namespace) -> dict[str, list[Found]]:
     """Let the variants take turns; gives what they measured."""
-    ways = chosen(WAYS, options.only and [BARE, *options.only])
+    known = [name for name in WAYS if name != FROZEN]
+    ways = chosen(known, options.only and [BARE, *options.only])
     with Stage(__file__, options) as stage:
         if options.answer:
             stage.sandbox.default("openai", content="word " * (options.answer // 5))

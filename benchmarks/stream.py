@@ -40,7 +40,7 @@ from _measure import (
     take_turns,
     tell,
 )
-from _rivals import LAST, PACKAGES, RIVALS, WAYS, chosen, watch
+from _rivals import FROZEN, LAST, PACKAGES, RIVALS, WAYS, chosen, watch
 
 ASK: dict[str, Any] = {
     "model": "gpt-4o",
@@ -48,7 +48,8 @@ ASK: dict[str, Any] = {
     "stream": True,
 }
 BARE, RECORDED, BACKGROUND = "bare", "ours, recorded", "ours, background"
-COMPARED = [name for name in WAYS if name not in ("bare, MLflow imported", "ours, inline")]
+NOT_COMPARED = ("bare, MLflow imported", "ours, inline", FROZEN)
+COMPARED = [name for name in WAYS if name not in NOT_COMPARED]
 PACED = {"delay": 0.05, "chunks": 40, "chunk_delay": 0.005}
 # The goals.
 FIRST_TOKEN = 1.02
