@@ -47,6 +47,7 @@ from _measure import (
 from _rivals import Drain
 
 OURS, MLFLOWS = "ours", "MLflow's own"
+WARM_UP = 200
 SPANS = 3
 SCORE, EXPLANATION = 0.8125, "The answer is right, but it leaves out half of the question. " * 4
 FASTER = 3.0
@@ -195,7 +196,8 @@ def run(options: argparse.Namespace) -> tuple[dict[str, list[Found]], dict[str, 
     """Let both take turns; gives what they measured, and what is stored."""
     with Stage(__file__, options) as stage:
         children = {way: stage.child(way, {"way": way}, export=options.export) for way in WAYS}
-        warm_up = min(20, options.calls)
+        # Each of the server's workers takes seconds for the first spans that it gets.
+        warm_up = min(WARM_UP, options.calls)
         take_turns(children, 1, calls=warm_up)
         rounds = take_turns(children, options.rounds, gauge=stage.gauge, calls=options.calls)
         kept = {

@@ -43,7 +43,7 @@ ROOMS = {
         "_annotate",
     }
     | {"_stored", "_report", "_commands", "_demo", "_doctor", "evaluation", "model"},
-    "opentelemetry": {"_light", "_live", "_telemetry", "_bulk"},
+    "opentelemetry": {"_light", "_live", "_telemetry", "_tracking", "_bulk"},
     "openai": {"_hook", "_streams", "_bodies", "_endpoints", "openai", "model"}
     | {"_demo", "_doctor"},
     "cleanlab_tlm": {"scorers"},

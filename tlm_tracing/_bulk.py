@@ -24,7 +24,6 @@ from mlflow.exceptions import MlflowException
 from mlflow.protos.service_pb2 import CreateAssessment
 from mlflow.store.tracking.rest_store import RestStore
 from mlflow.tracing.client import TracingClient
-from mlflow.tracing.utils.otlp import MLFLOW_EXPERIMENT_ID_HEADER, OTLP_TRACES_PATH
 from mlflow.utils.proto_json_utils import message_to_json
 from mlflow.utils.rest_utils import _V3_TRACE_REST_API_PATH_PREFIX, verify_rest_response
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
@@ -36,8 +35,6 @@ Tags: TypeAlias = Mapping[str, str | None]
 
 # A server's CPU is what limits them: more at once make it slower.
 _AT_ONCE = 8
-# What a server, or a gateway before it, answers where it takes no spans.
-_NO_SUCH_ROAD = frozenset({404, 405, 501})
 # What stores say of an assessment that is there already, among other things.
 _MAY_BE_THERE = frozenset({"BAD_REQUEST", "INTERNAL_ERROR", "RESOURCE_ALREADY_EXISTS"})
 
@@ -234,15 +231,8 @@ class _Server:
                 attribute.key = key
                 attribute.value.string_value = tag
             part.scope_spans.add().spans.extend(span.to_otel_proto() for span in addition.spans)
-        headers = {
-            "Content-Type": "application/x-protobuf",
-            MLFLOW_EXPERIMENT_ID_HEADER: experiment_id,
-        }
-        body = request.SerializeToString()
-        response = _tracking.post(self._store, OTLP_TRACES_PATH, headers, body)
-        if response.status_code in _NO_SUCH_ROAD:
-            raise NotImplementedError(f"{OTLP_TRACES_PATH} answers {response.status_code}")
-        verify_rest_response(response, OTLP_TRACES_PATH)
+        if not _tracking.send_spans(self._store, experiment_id, request):
+            raise NotImplementedError("there is no endpoint for OpenTelemetry's")
 
     def assess(self, feedback: Feedback) -> None:
         told: Any = feedback.to_proto()  # type: ignore[no-untyped-call]

@@ -12,12 +12,19 @@ import time
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
+from typing import Any
 
 from mlflow.entities import Span, TraceInfo
 from mlflow.exceptions import MlflowException
 from mlflow.store.tracking.rest_store import RestStore
 from mlflow.tracing.client import TracingClient
-from mlflow.utils.rest_utils import http_request
+from mlflow.tracing.utils.otlp import (
+    MLFLOW_EXPERIMENT_ID_HEADER,
+    OTLP_TRACES_PATH,
+    resource_to_otel_proto,
+)
+from mlflow.utils.rest_utils import http_request, verify_rest_response
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from requests import Response
 
 from tlm_tracing import _outbox
@@ -33,6 +40,9 @@ _FINAL = frozenset(
         "RESOURCE_DOES_NOT_EXIST",
     }
 )
+
+# What a server, or a gateway before it, answers where it takes no spans.
+_NO_SUCH_ROAD = frozenset({404, 405, 501})
 
 _FINALIZED = "mlflow.trace.infoFinalized"
 
@@ -65,18 +75,36 @@ def log_spans(client: TracingClient, experiment_id: str, spans: list[Span]) -> b
     Returns:
         False for a store that takes whole traces only.
     """
+    store = client.store
+    if type(store) is RestStore:
+        # Not by MLflow's client: after a second failure it would wait for seconds, with the rest.
+        request = ExportTraceServiceRequest()
+        part = request.resource_spans.add()
+        resource: Any = getattr(spans[0]._span, "resource", None)
+        part.resource.CopyFrom(resource_to_otel_proto(resource))
+        part.scope_spans.add().spans.extend(span.to_otel_proto() for span in spans)
+        return send_spans(store, experiment_id, request)
     try:
         client.log_spans(experiment_id, spans)
-    except NotImplementedError as error:
-        if "server version" in str(error) and "less than" not in str(error):
-            # The server did not say its version, and MLflow would never ask again.
-            type(client.store)._get_server_version.cache_clear()
-            raise ConnectionError("MLflow's server does not answer") from None
+    except NotImplementedError:
         return False
-    except MlflowException as error:
-        if "REST OTLP span logging is not supported" in str(error):
-            return False
-        raise
+    return True
+
+
+def send_spans(store: RestStore, experiment_id: str, request: ExportTraceServiceRequest) -> bool:
+    """Send spans to an MLflow server, by OpenTelemetry's protocol.
+
+    Returns:
+        False for a server, or a gateway before it, that takes no spans.
+    """
+    headers = {
+        "Content-Type": "application/x-protobuf",
+        MLFLOW_EXPERIMENT_ID_HEADER: experiment_id,
+    }
+    response = post(store, OTLP_TRACES_PATH, headers, request.SerializeToString())
+    if response.status_code in _NO_SUCH_ROAD:
+        return False
+    verify_rest_response(response, OTLP_TRACES_PATH)
     return True
 
 
