@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import mlflow
 import pytest
+from gateway import Gateway
 
 import tlm_tracing as tt
 from tlm_tracing import _exporter, _pipeline
@@ -134,6 +135,31 @@ def test_a_trace_that_the_server_refuses_costs_no_other(server, caplog):
     for trace in found:
         assert_whole(trace)
     assert tt.stats().dropped == dropped + 1
+
+
+def test_a_server_that_fails_twice_is_asked_again_at_once(server):
+    """MLflow's client would rest for seconds after the second time, with all that waits behind."""
+    ask()
+    stored()
+    asked = []
+
+    def refuse(path, body):
+        if path != "/v1/traces":
+            return body
+        asked.append(time.monotonic())
+        return 503 if len(asked) <= 2 else body
+
+    with Gateway(server.port) as gateway:
+        gateway.rule = refuse
+        mlflow.set_tracking_uri(gateway.uri)
+        mlflow.tracing.reset()
+        trace_id = tt.trust(ask()).trace_id
+        assert tt.flush(30)
+        mlflow.set_tracking_uri(server.uri)
+        mlflow.tracing.reset()
+    assert_whole(mlflow.get_trace(trace_id))
+    assert len(asked) == 3
+    assert asked[2] - asked[1] < 2
 
 
 def test_a_score_that_comes_before_its_trace_is_written_travels_with_it(
