@@ -316,7 +316,9 @@ def start_light(name: str, kind: str, active: Any) -> LightSpan | NoOpSpan | Non
     if alone is None or (told is not None and told.enabled is False):
         return None
     if not _is_span(active):
-        return _live.start_trace(name, kind, *alone, _start.experiment_id())
+        with contextlib.suppress(Exception):  # which MLflow tells of when it starts a live one
+            return _live.start_trace(name, kind, *alone, _start.experiment_id())
+        return None
     parent = mlflow.get_current_active_span()
     if not isinstance(parent, LiveSpan):
         return None
