@@ -217,12 +217,12 @@ def test_many_scores_are_waited_for_at_the_end(start, sandbox, kept):
 @pytest.mark.long
 def test_a_burst_is_written_when_a_program_ends(start, kept):
     """Though that takes longer than a process that is told to end is given."""
-    burst = "with ThreadPoolExecutor(8) as pool:\n    list(pool.map(ask, range(1000)))"
+    burst = "with ThreadPoolExecutor(8) as pool:\n    list(pool.map(ask, range(600)))"
     application = start(burst, mode="off")
     status, seconds, _ = application.end()
     assert status == 0, application.stderr
     assert "could not be delivered" not in application.stderr
-    assert kept() == [(number, "off") for number in range(1000)], seconds
+    assert kept() == [(number, "off") for number in range(600)], seconds
 
 
 @pytest.mark.long

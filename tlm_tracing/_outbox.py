@@ -57,7 +57,7 @@ _IMPATIENT = 60.0
 _BEFORE_FORK = 2.0
 # At the end of the process: for all of it, for all of it if the process is told to end, while
 # nothing is written, and with a store that is away.
-_LAST_FLUSH = 60.0
+_LAST_FLUSH = 30.0
 _LAST_FLUSH_IF_KILLED = 10.0
 _LONGEST_SILENCE = 10.0
 _LAST_WORD = 3.0
@@ -533,7 +533,7 @@ def flush(timeout: float | None = _FLUSH) -> bool:
 
 
 def end(*, is_killed: bool) -> None:
-    """The process is about to end: from now on all flushes together take 60 seconds at most.
+    """The process is about to end: from now on all flushes together take 30 seconds at most.
 
     They take 10 while nothing can be written, 3 if the store is away.
 
