@@ -9,7 +9,7 @@ import pytest
 from gateway import Gateway
 
 import tlm_tracing as tt
-from tlm_tracing import _exporter, _pipeline
+from tlm_tracing import _exporter, _outbox, _pipeline
 from tlm_tracing.openai import OpenAI
 
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
@@ -59,6 +59,12 @@ def until(condition):
 def is_kept(trace_id):
     with _exporter.kept(trace_id) as trace:
         return trace is not None
+
+
+def is_resting():
+    """Whether no write is tried for a while, as the server is away."""
+    outbox = _outbox._outbox
+    return outbox.is_away and outbox._away_until > time.monotonic() + 1
 
 
 def stored():
@@ -175,6 +181,7 @@ def test_a_score_that_comes_before_its_trace_is_written_travels_with_it(
     trusts = [tt.trust(ask()) for _ in range(8)]
     threading.Thread(target=mlflow.flush_trace_async_logging, daemon=True).start()
     until(lambda: all(is_kept(trust.trace_id) for trust in trusts))
+    until(is_resting)  # what is just being tried takes no score with it
     scorer.release()
     assert [trust.wait(10).score for trust in trusts] == [0.9] * 8
     requests()
