@@ -143,6 +143,22 @@ def test_a_trace_that_the_server_refuses_costs_no_other(server, caplog):
     assert tt.stats().dropped == dropped + 1
 
 
+def test_spans_of_an_experiment_that_is_gone_cost_no_others(server):
+    """The server answers them as it would if it took no spans at all."""
+    ask()
+    stored()
+    root = mlflow.start_span_no_context("open", experiment_id="987654321")
+    mlflow.start_span_no_context("inside", parent_span=root).end()
+    assert tt.flush(30)
+    ask()
+    found = stored()
+    root.end()
+    assert len(found) == 2
+    for trace in found:
+        assert_whole(trace)
+        assert trace.info.tags["mlflow.trace.spansLocation"] == "TRACKING_STORE"
+
+
 def test_a_server_that_fails_twice_is_asked_again_at_once(server):
     """MLflow's client would rest for seconds after the second time, with all that waits behind."""
     ask()

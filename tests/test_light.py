@@ -268,24 +268,28 @@ def async_call(**options):
     return asyncio.run(call())
 
 
-@pytest.mark.parametrize("call", [sync_call, async_call])
-@pytest.mark.parametrize("mode", ["off", "inline", "background"])
-def test_what_its_caller_drops_is_gone_at_once(mode, call):
+def assert_gone_at_once(call):
     """Nothing of ours makes a circle, for which a collection of all of MLflow has to be paid."""
-    tt.configure(scorer=lambda request, completion: 0.9, mode=mode)
-    call()
-    assert tt.flush(30)
     gc.collect()
     gc.disable()
     try:
-        completion = call()
+        given = call()
         gone = threading.Event()
-        weakref.finalize(completion, gone.set)
+        weakref.finalize(given, gone.set)
         assert tt.flush(30)
-        del completion
+        del given
         assert gone.wait(5)
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("call", [sync_call, async_call])
+@pytest.mark.parametrize("mode", ["off", "inline", "background"])
+def test_what_its_caller_drops_is_gone_at_once(mode, call):
+    tt.configure(scorer=lambda request, completion: 0.9, mode=mode)
+    call()
+    assert tt.flush(30)
+    assert_gone_at_once(call)
 
 
 def read_stream():
@@ -310,14 +314,4 @@ def read_async_stream():
 @pytest.mark.parametrize("call", [read_stream, read_async_stream])
 def test_a_stream_that_its_caller_has_read_is_gone_at_once(call):
     tt.configure(scorer=lambda request, completion: 0.9)
-    gc.collect()
-    gc.disable()
-    try:
-        stream = call()
-        gone = threading.Event()
-        weakref.finalize(stream, gone.set)
-        assert tt.flush(30)
-        del stream
-        assert gone.wait(5)
-    finally:
-        gc.enable()
+    assert_gone_at_once(call)

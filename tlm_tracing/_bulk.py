@@ -232,7 +232,7 @@ class _Server:
                 attribute.value.string_value = tag
             part.scope_spans.add().spans.extend(span.to_otel_proto() for span in addition.spans)
         if not _tracking.send_spans(self._store, experiment_id, request):
-            raise NotImplementedError("there is no endpoint for OpenTelemetry's")
+            raise NotImplementedError("it has no endpoint for them")
 
     def assess(self, feedback: Feedback) -> None:
         told: Any = feedback.to_proto()  # type: ignore[no-untyped-call]

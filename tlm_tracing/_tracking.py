@@ -107,7 +107,8 @@ def send_spans(store: RestStore, experiment_id: str, request: ExportTraceService
         MLFLOW_EXPERIMENT_ID_HEADER: experiment_id,
     }
     response = post(store, OTLP_TRACES_PATH, headers, request.SerializeToString())
-    if response.status_code in _NO_SUCH_ROAD:
+    # With a code of MLflow's it is about these spans, such as an experiment that is gone.
+    if response.status_code in _NO_SUCH_ROAD and "error_code" not in response.text:
         return False
     verify_rest_response(response, OTLP_TRACES_PATH)
     return True
