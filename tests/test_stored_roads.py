@@ -302,21 +302,50 @@ def test_a_trace_with_its_spans_elsewhere_keeps_them(server, scorer):
 
 
 @on_sqlite
-def test_a_trace_whose_spans_were_never_written_is_told(server, scorer):
-    """It is left alone, and holds up no other."""
+@pytest.mark.parametrize(
+    ("age", "told"), [(3_600, ("unscored", "unsupported_content")), (0, ("pending", None))]
+)
+def test_a_trace_without_its_spans_is_told(age, told, server, scorer):
+    """It is left alone, and holds up no other; of a new one the spans may be on their way."""
     client = TracingClient()
-    client.start_trace(
-        TraceInfo(
-            trace_id=f"tr-{uuid.uuid4().hex}",
-            trace_location=TraceLocation.from_experiment_id(server.experiment),
-            request_time=int(time.time() * 1_000),
-            state=TraceState.OK,
-        )
+    info = TraceInfo(
+        trace_id=f"tr-{uuid.uuid4().hex}",
+        trace_location=TraceLocation.from_experiment_id(server.experiment),
+        request_time=int((time.time() - age) * 1_000),
+        state=TraceState.OK,
     )
+    client.start_trace(info)
     record("a")
-    found = tt.score_traces(scorer=scorer)
-    assert sorted(found["status"]) == ["scored", "unscored"]
-    assert set(found["reason"].dropna()) == {"unsupported_content"}
+    found = tt.score_traces(scorer=scorer).set_index("trace_id").sort_values("status")
+    (row,) = found.loc[[info.trace_id]].itertuples()
+    assert (row.status, row.reason) == told
+    assert list(found["trust_score"].dropna()) == [0.9]
+
+
+@on_sqlite
+def test_what_the_process_itself_has_recorded_is_found(server, sandbox, through):
+    """Its last traces are written first; a trace goes to the store before its spans do."""
+    order, is_told, is_searched = [], threading.Event(), threading.Event()
+
+    def rule(path, body):
+        if path == OTLP:
+            is_told.set()
+            is_searched.wait(0.5)
+            order.append("spans")
+        elif path.endswith("/traces/search"):
+            order.append("search")
+            is_searched.set()
+        return body
+
+    sandbox.answer("France?", "Lyon.", score=0.125)
+    with Gateway(server.port) as gateway, openai.OpenAI() as client:
+        gateway.rule = rule
+        through(gateway.uri)
+        tt.wrap_openai(client, mode="off").chat.completions.create(**chat("France?"))
+        assert is_told.wait(30)
+        assert list(tt.score_traces()["trust_score"]) == [0.125]
+        assert tt.flush(30)
+    assert order.index("spans") < order.index("search")
 
 
 # Two at once.

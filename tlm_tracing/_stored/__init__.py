@@ -49,7 +49,8 @@ def score_traces(
     Every LLM call is found in traces of ours, of ``mlflow.openai.autolog()`` and of MLflow's
     other integrations. Its trace gets the same tags and assessment as a live call, and the
     scoring span where the store takes one. What has a score is left alone, so a run that was
-    stopped, or killed, goes on where it was; the newest traces come first.
+    stopped, or killed, goes on where it was; the newest traces come first. Traces of this process
+    that are still to be written are waited for, up to 10 seconds.
 
     Args:
         experiment_ids: Where to search.

@@ -24,7 +24,7 @@ from tlm_tracing._stored._judge import FINAL, Judge, Wanted
 from tlm_tracing._stored._late import Judged, addition
 from tlm_tracing._stored._plan import Plan
 from tlm_tracing._stored._rows import Progress, ScoredCall
-from tlm_tracing._stored._search import is_final
+from tlm_tracing._stored._search import is_final, is_new
 from tlm_tracing.exceptions import TLMTracingError
 
 _logger = logging.getLogger("tlm_tracing")
@@ -344,7 +344,7 @@ def _rows(trace: Trace | TraceInfo, judged: list[Judged]) -> Iterator[ScoredCall
 
 
 def _without_calls(info: TraceInfo, *, has_spans: bool) -> ScoredCall:
-    is_pending = not is_final(info)
+    is_pending = not is_final(info) or (not has_spans and is_new(info))
     status: Status = "pending" if is_pending else "unscored"
     reason = None if is_pending else "empty" if has_spans else "unsupported_content"
     began = _moment(info.timestamp_ms / 1e3)

@@ -19,6 +19,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracing.client import TracingClient
 from mlflow.tracking.fluent import _get_experiment_id
 
+from tlm_tracing import _outbox
 from tlm_tracing._bulk import spans_are_in_store
 from tlm_tracing.exceptions import ConfigurationError
 
@@ -34,8 +35,10 @@ _AGO = re.compile(r"(\d+(?:\.\d+)?)\s*([smhdw])")
 _UNITS = {"s": 1, "m": 60, "h": 3_600, "d": 86_400, "w": 604_800}
 _FINALIZED = "mlflow.trace.infoFinalized"
 _SIZE = "mlflow.trace.sizeStats"
-# Seconds within which the client writes the trace after its spans.
+# Seconds within which a client writes both, a trace and its spans.
 _LATE_WRITE = 60.0
+# How long a search waits for what this process itself has recorded.
+_OWN = 10.0
 _NEWEST_FIRST = ["timestamp_ms DESC"]
 
 
@@ -83,6 +86,8 @@ def query(
 ) -> Query:
     """Check and read what a user has asked for.
 
+    What this process itself has recorded is written first, so that it is found.
+
     Args:
         experiment_ids: Where to search.
         experiment_names: The same by name. Without both, the active experiment.
@@ -100,6 +105,7 @@ def query(
         raise ConfigurationError(
             "The list of experiments is empty; without any list, the active experiment is meant."
         )
+    _outbox.flush(_OWN)
     return Query(
         tuple(dict.fromkeys(found)) or (_active(),),
         (filter_string or "").strip() or None,
@@ -176,18 +182,23 @@ def traces(client: TracingClient, infos: Sequence[TraceInfo]) -> list[Trace]:
 
 
 def is_final(info: TraceInfo) -> bool:
-    """Whether a trace has ended and MLflow's client is through with it.
+    """Whether a trace has ended, and a client is through with what is told of it.
 
-    The client writes spans first, then the trace, which takes the place of tags and assessments
-    that it has got between the two.
+    MLflow's client writes spans first, then the trace, which takes the place of tags and
+    assessments that it has got between the two. Our own writes spans last.
     """
     if info.state.value == "IN_PROGRESS":
         return False
     if info.trace_metadata.get(_FINALIZED) == "true" or _SIZE in info.trace_metadata:
         return True
     # Nothing tells so of those that came by OpenTelemetry's protocol, or are with older servers.
+    return not is_new(info)
+
+
+def is_new(info: TraceInfo) -> bool:
+    """Whether a trace has ended so lately that a client may be at work on it."""
     ended = (info.timestamp_ms + (info.execution_duration or 0)) / 1_000
-    return time.time() - ended > _LATE_WRITE
+    return time.time() - ended <= _LATE_WRITE
 
 
 def _found(
