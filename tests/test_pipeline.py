@@ -3,7 +3,9 @@
 import asyncio
 import copy
 import gc
+import json
 import pickle
+import sys
 import weakref
 
 import openai
@@ -15,6 +17,7 @@ from tlm_tracing.openai import AsyncOpenAI, OpenAI
 from tlm_tracing.testing import FakeScorer
 
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
+ASK = {"model": "gpt-4o", "messages": QUESTION}
 
 
 @pytest.fixture(autouse=True)
@@ -24,7 +27,7 @@ def running(sandbox):
 
 def ask(client=None, **options):
     client = client or OpenAI()
-    return client.chat.completions.create(**{"model": "gpt-4o", "messages": QUESTION, **options})
+    return client.chat.completions.create(**{**ASK, **options})
 
 
 async def ask_async(**options):
@@ -235,6 +238,36 @@ def test_an_async_caller_does_not_hold_up_the_loop(scorer):
         return tt.trust(await task)
 
     assert asyncio.run(main()).score == 0.9
+
+
+@pytest.mark.parametrize("settings", [{"mode": "off"}, {"sample_rate": 0.0}])
+def test_what_is_not_scored_costs_no_turn_of_the_event_loop(settings, trace):
+    """In it, other tasks would find more of the client's connections idle, and look at each."""
+    http = sys.modules[openai.DefaultHttpxClient.__mro__[1].__module__.partition(".")[0]]
+    answer = json.loads(OpenAI().with_raw_response.chat.completions.create(**ASK).text)
+    trace()
+    transport = http.MockTransport(lambda _: http.Response(200, json=answer))
+
+    async def turns(client):
+        count = 0
+
+        def turn():
+            nonlocal count, coming
+            count += 1
+            coming = asyncio.get_running_loop().call_soon(turn)
+
+        await ask(client)  # the first imports
+        coming = asyncio.get_running_loop().call_soon(turn)
+        await ask(client)
+        coming.cancel()
+        return count
+
+    async def main():
+        client = openai.AsyncOpenAI(http_client=http.AsyncClient(transport=transport))
+        return await turns(client), await turns(tt.wrap_openai(client, **settings))
+
+    bare, ours = asyncio.run(main())
+    assert ours == bare
 
 
 def test_mode_off_records_and_does_not_score(scorer, trace):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
 import functools
 from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
+
+from tlm_tracing import _threads
 
 Status: TypeAlias = Literal["scored", "pending", "unscored"]
 
@@ -113,8 +114,7 @@ class Trust:
     async def _wait_async(self) -> Trust:
         if self._settled is None:
             return self
-        # Shielded: a caller who gives up waiting must not cancel the score itself.
-        return await asyncio.shield(asyncio.wrap_future(self._settled))
+        return await _threads.result(self._settled)
 
 
 @dataclass(frozen=True)

@@ -194,7 +194,7 @@ class Call:
         if not self._must_wait(completion, asked):
             return completion
         with self._leaving_early(completion, asked):
-            verdict = await asyncio.shield(asyncio.wrap_future(asked))
+            verdict = await _threads.result(asked)
         return await self._ahanded_over(completion, verdict)
 
     def stream_opened(self, stream: Any) -> None:
@@ -219,7 +219,7 @@ class Call:
         asked = self._stream_noted(heard, how, error)
         if self._must_wait(None, asked):
             with self._leaving_early(None, asked):
-                verdict = await asyncio.shield(asyncio.wrap_future(asked))
+                verdict = await _threads.result(asked)
             with self._stream_concluded(heard, how) as decision:
                 decision.given = await self._ahanded_over(decision.given, verdict)
 

@@ -65,6 +65,16 @@ def run(job: Coroutine[Any, Any, T]) -> T:
     return asyncio.run(with_daemon_threads())
 
 
+async def result(future: Future[T]) -> T:
+    """Wait for what another thread gives; who is cancelled meanwhile does not cancel it.
+
+    What is there already is given at once: other tasks get no turn in between.
+    """
+    if future.done():
+        return future.result()
+    return await asyncio.shield(asyncio.wrap_future(future))
+
+
 class Chores:
     """Things to be done soon, one after the other, each again and again until it succeeds.
 
