@@ -1,6 +1,7 @@
 """The runtime keeps within bounds, and sees scores through to the end of the process."""
 
 import asyncio
+import contextvars
 import os
 import subprocess
 import sys
@@ -73,6 +74,25 @@ def test_beyond_the_queue_a_call_is_unscored_at_once(sandbox, scorer, traces):
     scorer.release()
     assert [tt.trust(one).wait(10).score for one in (first, second)] == [0.9, 0.9]
     traces(3)
+
+
+def test_each_score_of_a_burst_is_asked_for_in_its_calls_context(sandbox):
+    number = contextvars.ContextVar("number")
+
+    async def judge(request, completion):
+        return number.get() / 10
+
+    async def one(client, its):
+        number.set(its)
+        return await ask(client)
+
+    async def main():
+        tt.configure(scorer=judge, mode="background")
+        async with AsyncOpenAI() as client:
+            answers = await asyncio.gather(*(one(client, its) for its in range(10)))
+        return [await tt.trust(completion) for completion in answers]
+
+    assert [trust.score for trust in asyncio.run(main())] == [its / 10 for its in range(10)]
 
 
 def test_a_budget_is_kept(sandbox, scorer):

@@ -41,7 +41,8 @@ class Asked(NamedTuple):
         prompt: The prompt as one text.
         responses: The text of each choice that can be scored.
         is_partial: Whether the prompt lacks turns that only OpenAI knows.
-        send: Asks for the scores; gives a future that always gets one verdict on the answer.
+        send: Asks for the scores; gives a future that always gets one verdict on the answer. Told
+            ``is_awaited=False``, it lets those of some moments be asked for together.
         query: What the context was retrieved for; None if none is named.
         context: What was retrieved; None if none is named.
     """
@@ -49,7 +50,7 @@ class Asked(NamedTuple):
     prompt: str
     responses: list[str]
     is_partial: bool
-    send: Callable[[], Future[Verdict]]
+    send: Callable[..., Future[Verdict]]
     query: str | None = None
     context: str | None = None
 
@@ -134,10 +135,14 @@ def _with_choice(completion: Any, choice: int) -> Any:
     return completion.model_copy(update={"choices": [completion.choices[choice]]})
 
 
-def _send(found: list[Exchange | Unscorable], config: Config) -> Future[Verdict]:
+def _send(
+    found: list[Exchange | Unscorable], config: Config, *, is_awaited: bool = True
+) -> Future[Verdict]:
     """Ask for the score of each choice; the verdict on the first tells of the others, too."""
     verdicts = [
-        _submit(one, config) if isinstance(one, Exchange) else _scoring.unscored(one.reason)
+        _submit(one, config, is_awaited=is_awaited)
+        if isinstance(one, Exchange)
+        else _scoring.unscored(one.reason)
         for one in found
     ]
     if len(verdicts) == 1:
@@ -157,11 +162,12 @@ def _send(found: list[Exchange | Unscorable], config: Config) -> Future[Verdict]
     return together
 
 
-def _submit(exchange: Exchange, config: Config) -> Future[Verdict]:
+def _submit(exchange: Exchange, config: Config, *, is_awaited: bool) -> Future[Verdict]:
     def send() -> Future[Verdict]:
         scorers.load(config.scorer, has_context=exchange.context is not None)
         find = functools.partial(scorer, config)
-        return _scoring.submit(find, functools.partial(_ask, exchange), config)
+        ask = functools.partial(_ask, exchange)
+        return _scoring.submit(find, ask, config, is_awaited=is_awaited)
 
     key = _key(exchange, config) if config.cache_size else None
     return send() if key is None else _cache.find(key, config, send)

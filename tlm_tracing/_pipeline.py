@@ -310,11 +310,14 @@ class Call:
         )
         if _scoring.pending() >= _MOST_HELD:
             self._record.let_go(self.answer)
-        return asked.send()
+        return asked.send(is_awaited=self._is_awaited())
+
+    def _is_awaited(self) -> bool:
+        return self._config.mode != "background" or self._is_evaluated
 
     def _must_wait(self, completion: Any, asked: Future[Verdict]) -> bool:
         """Whether the caller waits for the verdict; if not, the call goes on without it."""
-        if asked.done() or self._config.mode != "background" or self._is_evaluated:
+        if asked.done() or self._is_awaited():
             return True
         self._go_on_alone(completion, asked)
         return False

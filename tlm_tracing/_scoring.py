@@ -32,12 +32,14 @@ from tlm_tracing.exceptions import ScoringError
 _logger = logging.getLogger("tlm_tracing")
 
 _CLOSING = 5.0
+_MOMENT = 0.01
 _MOST_SCORERS = 256
 _TRUSTWORTHINESS = "trustworthiness"
 _LONGEST_NAME = 250  # of an assessment, in MLflow
 
 Find = Callable[[], Scorer]
 Ask = Callable[[Scorer], Awaitable[Any]]
+Settling = Callable[[], Coroutine[Any, Any, None]]
 
 
 class Verdict(NamedTuple):
@@ -88,6 +90,8 @@ class _Runtime:
         self.unscored: Counter[str] = Counter()
         self.chores = _threads.Chores(self._drop)
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._coming: list[tuple[contextvars.Context, Settling]] = []
+        self._is_called = False
 
     def start(self) -> asyncio.AbstractEventLoop:
         """Start the scoring loop, unless it runs; gives it."""
@@ -98,7 +102,28 @@ class _Runtime:
                 self.chores.start()
             return self._loop
 
-    def settle(self, settling: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    def settle_soon(self, context: contextvars.Context, settling: Settling) -> None:
+        """Settle a score for which nobody waits, with those of the next moment.
+
+        In a burst, to wake the loop's thread for each would cost calls more than the score does.
+        """
+        with self.lock:
+            self._coming.append((context, settling))
+            if self._is_called:
+                return
+            self._is_called = True
+        self.start().call_soon_threadsafe(self._settle_coming)
+
+    def _settle_coming(self) -> None:
+        with self.lock:
+            coming, self._coming = self._coming, []
+            self._is_called = bool(coming)
+        for context, settling in coming:
+            context.run(self.settle, settling)
+        if coming:
+            asyncio.get_running_loop().call_later(_MOMENT, self._settle_coming)
+
+    def settle(self, settling: Settling) -> None:
         """Settle a score; runs on the scoring loop, in the context that is to be the score's."""
         task = asyncio.ensure_future(settling())
         self.tasks.add(task)  # the loop itself would not keep it
@@ -129,13 +154,14 @@ class _Runtime:
         self.warn_once("dropped", f"A score or span could not be written: {why}.")
 
 
-def submit(find: Find, ask: Ask, config: Config) -> Future[Verdict]:
+def submit(find: Find, ask: Ask, config: Config, *, is_awaited: bool = True) -> Future[Verdict]:
     """Ask for a score.
 
     Args:
         find: Gives the scorer; runs on the scoring loop.
         ask: Gives the scorer the exchange; runs on the scoring loop.
         config: The settings in force.
+        is_awaited: Whether somebody waits for it, so that it is asked for at once.
 
     Returns:
         A future that always gets a verdict and never an exception.
@@ -150,7 +176,10 @@ def submit(find: Find, ask: Ask, config: Config) -> Future[Verdict]:
     context = contextvars.copy_context()
     context.run(_scope.forget)
     settling = functools.partial(_settle, find, ask, config, verdict)
-    loop.call_soon_threadsafe(_runtime.settle, settling, context=context)
+    if is_awaited:
+        loop.call_soon_threadsafe(_runtime.settle, settling, context=context)
+    else:
+        _runtime.settle_soon(context, settling)
     return verdict
 
 
