@@ -33,6 +33,8 @@ _MOST = 10_000
 _WRITERS = 4
 _WRITERS_TO_A_SERVER = 16
 _CONNECTIONS_LEFT = 2
+# While the application calls: it waits for Python's interpreter lock behind each that works.
+_WRITERS_BESIDE_CALLS = 2
 # Enough to share what a request costs, few enough for a fork or the end to wait for.
 _TOGETHER = 20
 _FEW = 5
@@ -234,17 +236,18 @@ class _Outbox:
         if self.is_away:
             return not self._probing and now >= self._away_until
         urgency = self._urgency(now)
-        return self._writing < urgency * self._most_writers and (
-            urgency >= 1 or now >= self._rest_until
-        )
+        if urgency >= 1:
+            return self._writing < self._most_writers
+        at_once = max(1.0, urgency * _WRITERS_BESIDE_CALLS)
+        return self._writing < at_once and now >= self._rest_until
 
     def _urgency(self, now: float) -> float:
-        """How much is to be written at a time, as a share of what there are threads for."""
+        """How much is to be written at a time, as a share of what could be."""
         if self._flushes or self.until is not None or now - self.last_call > _BUSY_FOR:
             return 1.0
         waited = (now - self._due[0].posted) / _PATIENT_FOR if self._due else 0.0
         pressing = max(waited, self.unwritten / _PATIENT_UP_TO)
-        return min(1.0, max(pressing**2, 1 / self._most_writers))
+        return min(1.0, pressing**2)
 
     def _taken(self) -> list[Parcel]:
         """The first that is due, and others that can be written with it."""
