@@ -240,34 +240,55 @@ def test_an_async_caller_does_not_hold_up_the_loop(scorer):
     assert asyncio.run(main()).score == 0.9
 
 
-@pytest.mark.parametrize("settings", [{"mode": "off"}, {"sample_rate": 0.0}])
-def test_what_is_not_scored_costs_no_turn_of_the_event_loop(settings, trace):
-    """In it, other tasks would find more of the client's connections idle, and look at each."""
+@pytest.fixture
+def unwaiting():
+    """A client whose answers are there at once."""
     http = sys.modules[openai.DefaultHttpxClient.__mro__[1].__module__.partition(".")[0]]
     answer = json.loads(OpenAI().with_raw_response.chat.completions.create(**ASK).text)
-    trace()
     transport = http.MockTransport(lambda _: http.Response(200, json=answer))
+    return lambda: openai.AsyncOpenAI(http_client=http.AsyncClient(transport=transport))
 
-    async def turns(client):
-        count = 0
 
-        def turn():
-            nonlocal count, coming
-            count += 1
-            coming = asyncio.get_running_loop().call_soon(turn)
+async def turns(client, calls=1):
+    """How many turns of the event loop so many calls at once take."""
+    count = 0
 
-        await ask(client)  # the first imports
+    def turn():
+        nonlocal count, coming
+        count += 1
         coming = asyncio.get_running_loop().call_soon(turn)
-        await ask(client)
-        coming.cancel()
-        return count
+
+    await ask(client)  # the first imports
+    coming = asyncio.get_running_loop().call_soon(turn)
+    await asyncio.gather(*(ask(client) for _ in range(calls)))
+    coming.cancel()
+    return count
+
+
+@pytest.mark.parametrize("settings", [{"mode": "off"}, {"sample_rate": 0.0}])
+def test_what_is_not_scored_costs_no_turn_of_the_event_loop(settings, unwaiting, trace):
+    """In it, other tasks would find more of the client's connections idle, and look at each."""
+    trace()
 
     async def main():
-        client = openai.AsyncOpenAI(http_client=http.AsyncClient(transport=transport))
+        client = unwaiting()
         return await turns(client), await turns(tt.wrap_openai(client, **settings))
 
     bare, ours = asyncio.run(main())
     assert ours == bare
+
+
+def test_many_calls_at_once_do_not_hold_up_the_event_loop(unwaiting, traces):
+    """Others get turns in between, on each loop anew."""
+
+    async def main(entered):
+        client = unwaiting()
+        return await turns(entered(client), 200)
+
+    bare = asyncio.run(main(lambda client: client))
+    for _ in range(2):
+        assert asyncio.run(main(lambda client: tt.wrap_openai(client, mode="off"))) > bare
+    traces(403)
 
 
 def test_mode_off_records_and_does_not_score(scorer, trace):

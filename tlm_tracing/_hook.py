@@ -29,6 +29,7 @@ from tlm_tracing import (
     _redacted,
     _scope,
     _streams,
+    _turns,
 )
 from tlm_tracing.exceptions import ConfigurationError
 
@@ -226,6 +227,8 @@ def _request(wrapped: Any, client: Any, args: Any, kwargs: Any) -> Any:
 
 
 async def _arequest(wrapped: Any, client: Any, args: Any, kwargs: Any) -> Any:
+    if _is_watched(client):
+        await _turns.share()
     call = _begin(client, args, kwargs)
     if call is None:
         return await wrapped(*args, **kwargs)
@@ -261,12 +264,17 @@ def _replaced(raw: Any, call: _pipeline.Call, given: Any) -> Any:
     return given
 
 
+def _is_watched(client: Any) -> bool:
+    is_inside = _process_settings is not None or _scope.current() is not None
+    return (is_inside or hasattr(client, _SETTINGS)) and not _scope.suppressed()
+
+
 def _begin(client: Any, args: Any, kwargs: Any) -> _pipeline.Call | None:
     """Open the call; None if this request is none that is to be recorded."""
+    if not _is_watched(client):
+        return None
     own = getattr(client, _SETTINGS, None)
     scope = _scope.current()
-    if (own is None and scope is None and _process_settings is None) or _scope.suppressed():
-        return None
     with _pipeline.guarded("opening a call"):
         options = _options(args, kwargs)
         endpoint = _endpoints.at(options.url) if options.method.lower() == "post" else None
