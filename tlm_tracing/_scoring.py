@@ -32,6 +32,7 @@ from tlm_tracing.exceptions import ScoringError
 _logger = logging.getLogger("tlm_tracing")
 
 _CLOSING = 5.0
+# Scores that nobody waits for begin so many seconds apart at least, then all that there are.
 _MOMENT = 0.01
 _MOST_SCORERS = 256
 _TRUSTWORTHINESS = "trustworthiness"
@@ -91,7 +92,7 @@ class _Runtime:
         self.chores = _threads.Chores(self._drop)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._coming: list[tuple[contextvars.Context, Settling]] = []
-        self._is_called = False
+        self._is_woken = False
 
     def start(self) -> asyncio.AbstractEventLoop:
         """Start the scoring loop, unless it runs; gives it."""
@@ -109,15 +110,15 @@ class _Runtime:
         """
         with self.lock:
             self._coming.append((context, settling))
-            if self._is_called:
+            if self._is_woken:
                 return
-            self._is_called = True
+            self._is_woken = True
         self.start().call_soon_threadsafe(self._settle_coming)
 
     def _settle_coming(self) -> None:
         with self.lock:
             coming, self._coming = self._coming, []
-            self._is_called = bool(coming)
+            self._is_woken = bool(coming)
         for context, settling in coming:
             context.run(self.settle, settling)
         if coming:
