@@ -9,7 +9,7 @@ import tlm_tracing
 
 PACKAGE = Path(tlm_tracing.__file__).parent
 FLOORS = [
-    {"_data", "exceptions", "_light", "_live", "_redacted"},
+    {"_data", "exceptions", "_light", "_live", "_redacted", "_threads"},
     {
         "_config",
         "_messages",
@@ -21,7 +21,7 @@ FLOORS = [
         "_scope",
         "_limits",
     }
-    | {"_patches", "_threads", "_visible", "_outbox", "_tracking", "_batch", "_exporter"}
+    | {"_patches", "_turns", "_visible", "_outbox", "_tracking", "_batch", "_exporter"}
     | {"_ready", "_bulk", "testing"},
     {"_record", "_scoring", "scorers"},
     {"_asking", "_cache", "_telemetry", "_returned", "_pipeline", "_propagation", "_ends"},
