@@ -195,7 +195,9 @@ def test_many_traces_travel_in_few_requests(gateway, server, through, scorer):
     for trace in read(server, 12):
         assert_scored_once(trace, 0.9)
     assert gateway.count("POST", OTLP) <= 3
-    assert gateway.count("POST", "/assessments") == 12
+    # By path: while SQLite is locked, the server may refuse one, which is sent again.
+    posted = {path for method, path, _ in gateway.seen if method == "POST"}
+    assert sum(path.endswith("/assessments") for path in posted) == 12
     assert gateway.count("PATCH", "/tags") == 0
 
 
