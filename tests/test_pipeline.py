@@ -291,6 +291,24 @@ def test_many_calls_at_once_do_not_hold_up_the_event_loop(unwaiting, traces):
     traces(403)
 
 
+def test_who_is_cancelled_before_its_turn_has_made_no_call(unwaiting, traces):
+    async def main():
+        client = tt.wrap_openai(unwaiting(), mode="off")
+        await ask(client)  # the first imports
+        tasks = [asyncio.create_task(ask(client)) for _ in range(200)]
+        await asyncio.sleep(0)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        assert (await ask(client)).choices
+        return sum(not task.cancelled() for task in tasks)
+
+    answered = asyncio.run(main())
+    assert 0 < answered < 200
+    found = traces(answered + 3)
+    assert {trace.info.state.value for trace in found} == {"OK"}
+
+
 def test_mode_off_records_and_does_not_score(scorer, trace):
     tt.configure(scorer=scorer, mode="off")
     assert tt.trust(ask()).reason == "off"

@@ -103,17 +103,19 @@ class _Runtime:
                 self.chores.start()
             return self._loop
 
-    def settle_soon(self, context: contextvars.Context, settling: Settling) -> None:
+    def settle_soon(
+        self, loop: asyncio.AbstractEventLoop, context: contextvars.Context, settling: Settling
+    ) -> None:
         """Settle a score for which nobody waits, with those of the next moment.
 
         In a burst, to wake the loop's thread for each would cost calls more than the score does.
         """
         with self.lock:
             self._coming.append((context, settling))
-            if self._is_woken:
-                return
-            self._is_woken = True
-        self.start().call_soon_threadsafe(self._settle_coming)
+            if not self._is_woken:
+                loop.call_soon_threadsafe(self._settle_coming)
+                # Last: if Ctrl-C comes before it, the next score wakes the loop again.
+                self._is_woken = True
 
     def _settle_coming(self) -> None:
         with self.lock:
@@ -180,7 +182,7 @@ def submit(find: Find, ask: Ask, config: Config, *, is_awaited: bool = True) -> 
     if is_awaited:
         loop.call_soon_threadsafe(_runtime.settle, settling, context=context)
     else:
-        _runtime.settle_soon(context, settling)
+        _runtime.settle_soon(loop, context, settling)
     return verdict
 
 
